@@ -1,0 +1,203 @@
+"""The tape: a `Tensor` is an array, a `Node` is its place in the graph, `backward` walks it.
+
+Reverse-mode differentiation in one law: an operation hands `record` its value and, for each
+parent, the vector-Jacobian product that carries a gradient back to it. A parent that needs no
+gradient gets no edge, so a frozen weight costs nothing: its gradient is never computed, and
+what only its gradient would need is never kept.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import numpy as np
+
+_recording = ContextVar("recording", default=True)
+
+
+class Node:
+    """A place in the graph: the edges to its parents, and the gradient if it is a leaf.
+
+    `edges` is a tuple of (parent node, vjp). A leaf has none; a freed node has `None`.
+    A node never refers to a tensor, so the graph keeps only the arrays that the VJPs captured.
+    """
+
+    __slots__ = ("edges", "grad")
+
+    def __init__(self, edges=()):
+        self.edges = edges
+        self.grad = None
+
+
+class Tensor:
+    """A NumPy array of floats that can remember how it was made.
+
+    Args:
+        data: anything that `np.asarray` takes; float32 and float64 are kept as they are,
+            other numbers become float64.
+        requires_grad: whether `backward` should leave a gradient in `.grad`.
+
+    Example:
+        >>> x = Tensor([3.0], requires_grad=True)
+        >>> (x * x).sum().backward()
+        >>> x.grad
+        array([6.])
+    """
+
+    # Makes `array * tensor` call our `__rmul__` and not NumPy's element-by-element loop.
+    __array_ufunc__ = None
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("data is a Tensor already; use tensor.detach() for a copy off the tape")
+        data = np.asarray(data)
+        if data.dtype not in (np.float32, np.float64):
+            if data.dtype.kind not in "iubf":
+                raise TypeError(f"data has dtype {data.dtype}; expected real numbers")
+            data = data.astype(np.float64)
+        self.data = data
+        self.node = Node() if requires_grad else None
+
+    @property
+    def requires_grad(self):
+        """Whether gradients flow to here: no more than having a node in the graph."""
+        return self.node is not None
+
+    @requires_grad.setter
+    def requires_grad(self, wanted):
+        if self.node is not None and self.node.edges != ():
+            raise ValueError("requires_grad can only be set on a leaf; use detach() on a result")
+        if bool(wanted) != self.requires_grad:
+            self.node = Node() if wanted else None
+
+    @property
+    def grad(self):
+        """The gradient that `backward` left here: an array of this shape, or `None`.
+
+        Two leaves may share one gradient array, so treat it as read-only.
+        """
+        return None if self.node is None else self.node.grad
+
+    @grad.setter
+    def grad(self, value):
+        if self.node is None:
+            if value is None:
+                return
+            raise ValueError("this tensor has requires_grad=False, so it holds no gradient")
+        self.node.grad = value
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+
+    def __len__(self):
+        return len(self.data)
+
+    def item(self):
+        """The one number in this tensor, as a Python float."""
+        return self.data.item()
+
+    def numpy(self):
+        """The array itself (not a copy)."""
+        return self.data
+
+    def detach(self):
+        """The same array in a tensor that is off the tape."""
+        return Tensor(self.data)
+
+    def backward(self, grad=None):
+        """Run `backward` from this tensor."""
+        backward(self, grad)
+
+    def __repr__(self):
+        body = np.array2string(self.data, separator=", ", prefix="Tensor(")
+        extra = "" if self.dtype == np.float64 else f", dtype={self.dtype}"
+        return f"Tensor({body}{extra}, requires_grad={self.requires_grad})"
+
+
+def record(value, *edges):
+    """Make the result of an operation and put it on the tape.
+
+    Args:
+        value: the result, an array.
+        edges: pairs (parent, vjp). `vjp(g)` takes the gradient of the result and returns the
+            parent's share of it, an array of the parent's shape. It must not write into `g`,
+            and it may return `g` itself or a view of it.
+
+    Returns:
+        A tensor; it has a node only if recording is on and some parent has one.
+    """
+    if _recording.get():
+        live = tuple((parent.node, vjp) for parent, vjp in edges if parent.node is not None)
+        if live:
+            result = Tensor(value)
+            result.node = Node(live)
+            return result
+    return Tensor(value)
+
+
+@contextmanager
+def no_grad():
+    """Inside this block nothing is recorded: for evaluation, generation and merging."""
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def backward(tensor, grad=None):
+    """Add the gradient of `tensor` to the `.grad` of every leaf below it, and free the graph.
+
+    Args:
+        tensor: the result to differentiate, usually a loss.
+        grad: the gradient of what comes after, an array of `tensor.shape`; 1 for a scalar.
+
+    Raises:
+        RuntimeError: if nothing below `tensor` requires a gradient, if it is not a scalar and
+            no `grad` is given, or if the graph was walked before.
+        ValueError: if `grad` has another shape than `tensor`.
+    """
+    if tensor.node is None:
+        raise RuntimeError("backward: nothing here requires a gradient (is every weight frozen?)")
+    if grad is None:
+        if tensor.size != 1:
+            raise RuntimeError(
+                f"backward: shape is {tensor.shape}, not a scalar; sum it first, or pass grad"
+            )
+        grad = np.ones(tensor.shape, tensor.dtype)
+    grad = np.asarray(grad, tensor.dtype)
+    if grad.shape != tensor.shape:
+        raise ValueError(f"backward: grad has shape {grad.shape}, the tensor {tensor.shape}")
+
+    waiting = {tensor.node: grad}
+    for node in reversed(_topological_order(tensor.node)):
+        g = waiting.pop(node)
+        if not node.edges:
+            node.grad = g if node.grad is None else node.grad + g
+            continue
+        for parent, vjp in node.edges:
+            share = vjp(g)
+            # Out of place: a VJP may have returned a view of what another edge still needs.
+            waiting[parent] = waiting[parent] + share if parent in waiting else share
+        node.edges = None
+
+
+def _topological_order(root):
+    """Nodes from the leaves up to `root`, each once, without recursion: chains may be long."""
+    order, seen, stack = [], {root}, [(root, 0)]
+    while stack:
+        node, i = stack.pop()
+        if node.edges is None:
+            raise RuntimeError(
+                "backward: this graph was freed by an earlier backward; run the forward pass again"
+            )
+        if i < len(node.edges):
+            stack.append((node, i + 1))
+            parent = node.edges[i][0]
+            if parent not in seen:
+                seen.add(parent)
+                stack.append((parent, 0))
+        else:
+            order.append(node)
+    return order
