@@ -1,0 +1,182 @@
+"""Modules: things that hold parameters, and the four layers a Transformer is built from."""
+
+import numpy as np
+
+from . import ops
+from .tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that a module owns and that training may move."""
+
+    def __init__(self, data, requires_grad=True):
+        super().__init__(data, requires_grad)
+
+
+class Module:
+    """Holds parameters and other modules as attributes, and finds them by dotted names.
+
+    A subclass sets attributes in `__init__` and computes in `forward`. Lists of modules count
+    too: the name of `self.blocks[0].attn.q.weight` is `blocks.0.attn.q.weight`.
+    """
+
+    training = False  # only dropout asks; `fit` turns it on while it runs
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def children(self):
+        """(name, module) for each module held directly; for a list, the name is `list.0`."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_modules(self, prefix=""):
+        """(dotted name, module) for this module and all below it, depth first."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self):
+        """(dotted name, parameter), each parameter once: a tied weight under its first name."""
+        seen = set()
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+    def parameters(self):
+        """Every parameter once."""
+        return [p for _, p in self.named_parameters()]
+
+    def trainable(self):
+        """The parameters that have a gradient, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def train(self, mode=True):
+        """Turn dropout on (or off), here and below. No weight is touched. Returns self."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        """Turn dropout off, here and below. No weight is touched. Returns self."""
+        return self.train(False)
+
+    def zero_grad(self):
+        """Forget all gradients."""
+        for p in self.parameters():
+            p.grad = None
+
+    def __repr__(self):
+        inner = [f"{name}: {child!r}".replace("\n", "\n  ") for name, child in self.children()]
+        return type(self).__name__ + "(" + "".join(f"\n  {line}" for line in inner) + ")"
+
+
+def _normal(rng, shape, std, dtype):
+    return Parameter((std * rng.standard_normal(shape)).astype(dtype))
+
+
+class Linear(Module):
+    """y = x @ weight.T + bias.
+
+    Args:
+        d_in, d_out: sizes; `weight` is (d_out, d_in), `bias` (d_out,).
+        rng: a `numpy.random.Generator`; the weight starts as N(0, std²) and the bias at zero.
+        bias: whether there is one.
+        std: 1 / sqrt(d_in) if not given, so that inputs of variance 1 give outputs of variance 1.
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, d_in, d_out, *, rng, bias=True, std=None, dtype=np.float32):
+        self.weight = _normal(rng, (d_out, d_in), d_in**-0.5 if std is None else std, dtype)
+        self.bias = Parameter(np.zeros(d_out, dtype)) if bias else None
+
+    @classmethod
+    def of(cls, weight, bias=None):
+        """A layer with these arrays: weight (d_out, d_in), bias (d_out,) or None."""
+        layer = cls.__new__(cls)
+        layer.weight = Parameter(weight)
+        layer.bias = None if bias is None else Parameter(bias)
+        return layer
+
+    @property
+    def d_in(self):
+        """Features that come in."""
+        return self.weight.shape[1]
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.weight.shape[0]
+
+    def dense(self):
+        """The weight as a plain array (d_out, d_in), whatever form it is stored in."""
+        return self.weight.data
+
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)  # (…, d_in) -> (…, d_out)
+
+    def __repr__(self):
+        return f"Linear({self.d_in} -> {self.d_out}{'' if self.bias is not None else ', no bias'})"
+
+
+class Embedding(Module):
+    """A table of `n` rows: integers (…) to vectors (…, d).
+
+    Args:
+        n, d: sizes; `weight` is (n, d), and starts as N(0, std²).
+        rng: a `numpy.random.Generator`.
+        std: the standard deviation of the start.
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, n, d, *, rng, std=0.1, dtype=np.float32):
+        self.weight = _normal(rng, (n, d), std, dtype)
+
+    @classmethod
+    def of(cls, weight):
+        """A table with this array, (n, d)."""
+        table = cls.__new__(cls)
+        table.weight = Parameter(weight)
+        return table
+
+    def dense(self):
+        """The table as a plain array (n, d)."""
+        return self.weight.data
+
+    def forward(self, ids):
+        return ops.embedding(self.weight, ids)  # (…) -> (…, d)
+
+    def __repr__(self):
+        return f"Embedding({self.weight.shape[0]} rows of {self.weight.shape[1]})"
+
+
+class LayerNorm(Module):
+    """Rows to mean 0 and variance 1, then a learned scale `weight` and shift `bias`, both (d,)."""
+
+    def __init__(self, d, *, dtype=np.float32):
+        self.weight = Parameter(np.ones(d, dtype))
+        self.bias = Parameter(np.zeros(d, dtype))
+
+    def forward(self, x):
+        return ops.layer_norm(x, self.weight, self.bias)  # (…, d) -> (…, d)
+
+    def __repr__(self):
+        return f"LayerNorm({self.weight.size})"
+
+
+class MLP(Module):
+    """up, GELU, down: each position on its own, through `expansion` · d features."""
+
+    def __init__(self, d, *, rng, expansion=4, dtype=np.float32):
+        self.up = Linear(d, expansion * d, rng=rng, dtype=dtype)
+        self.down = Linear(expansion * d, d, rng=rng, dtype=dtype)
+
+    def forward(self, x):
+        return self.down(ops.gelu(self.up(x)))  # (…, d) -> (…, 4d) -> (…, d)

@@ -1,0 +1,115 @@
+"""Optimisers and learning-rate schedules. State is kept only for what trains."""
+
+import math
+
+import numpy as np
+
+
+class SGD:
+    """p ← p - lr · g, with optional momentum.
+
+    Args:
+        parameters: those that train; the frozen ones among them are left out.
+        lr: the learning rate.
+        momentum: the share of the last step that is taken again.
+    """
+
+    def __init__(self, parameters, lr, momentum=0.0):
+        self.parameters = _that_train(parameters)
+        self.lr, self.momentum = lr, momentum
+        self.state = [np.zeros_like(p.data) for p in self.parameters] if momentum else []
+
+    def step(self, lr=None):
+        """Move every parameter that has a gradient, with `lr` if given."""
+        lr = self.lr if lr is None else lr
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            g = p.grad
+            if self.momentum:
+                self.state[i] *= self.momentum
+                self.state[i] += g
+                g = self.state[i]
+            p.data -= lr * g
+
+
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    Args:
+        parameters: those that train; the frozen ones among them are left out, so they have no
+            state and never decay.
+        lr: the learning rate.
+        betas: how slowly the two running means forget.
+        eps: keeps the division finite.
+        weight_decay: each step, p shrinks by lr · weight_decay · p. For matrices and tables
+            only: biases and norms (1-D) do not decay.
+
+    Source: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov & Hutter 2019,
+    arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        self.parameters = _that_train(parameters)
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.t = 0
+        self.m = [np.zeros_like(p.data) for p in self.parameters]
+        self.v = [np.zeros_like(p.data) for p in self.parameters]
+
+    @property
+    def state_size(self):
+        """Numbers kept beside the parameters: two for each that trains."""
+        return sum(a.size for a in self.m + self.v)
+
+    def step(self, lr=None):
+        """Move every parameter that has a gradient, with `lr` if given."""
+        lr = self.lr if lr is None else lr
+        self.t += 1
+        b1, b2 = self.betas
+        c1, c2 = 1 - b1**self.t, 1 - b2**self.t  # the means start at 0: undo that bias
+        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
+            g = p.grad
+            if g is None:
+                continue
+            if self.weight_decay and p.ndim > 1:
+                p.data *= 1 - lr * self.weight_decay
+            m *= b1
+            m += (1 - b1) * g
+            square = g * g
+            square *= 1 - b2
+            v *= b2
+            v += square
+            # p -= lr · (m / c1) / (√(v / c2) + eps), in one spare array
+            step = np.divide(v, c2, out=square)
+            np.sqrt(step, out=step)
+            step += self.eps
+            np.divide(m, step, out=step)
+            step *= lr / c1
+            p.data -= step
+
+
+def _that_train(parameters):
+    chosen = [p for p in parameters if p.requires_grad]
+    if not chosen:
+        raise ValueError("the optimiser has nothing to train: every parameter is frozen")
+    return chosen
+
+
+def constant(step, steps):
+    """The learning rate stays as it is: a factor of 1."""
+    return 1.0
+
+
+def cosine(step, steps, warmup=0.05):
+    """Up in a straight line over the first `warmup` share of the steps, then down to 0 by a cosine.
+
+    Args:
+        step: from 0 to steps - 1. steps: how many there are. warmup: a share from 0 to 1.
+
+    Returns:
+        The factor for the learning rate, from 0 to 1.
+    """
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
