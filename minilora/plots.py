@@ -1,0 +1,114 @@
+"""The figures that several notebooks share: large, calm, safe for the colour-blind."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+# Okabe & Ito's palette, which stays apart for every common kind of colour blindness
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+STYLE = {
+    "figure.figsize": (8, 4.5),
+    "font.size": 14,
+    "axes.titlesize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 8,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
+}
+plt.rcParams.update(STYLE)  # once, for every figure that is drawn after the import
+
+
+def new(rows=1, cols=1, *, size=None, **kwargs):
+    """A figure and its axes; `size` in inches, other arguments as for `subplots`."""
+    return plt.subplots(rows, cols, figsize=size, layout="constrained", **kwargs)
+
+
+def accuracy(rows, title=""):
+    """Exact match against trainable parameters, on a logarithmic axis.
+
+    Args:
+        rows: (method, trainable parameters, exact match from 0 to 1) for each point.
+        title: a sentence.
+
+    Returns:
+        The figure.
+    """
+    fig, ax = new()
+    for i, (method, trainable, exact) in enumerate(rows):
+        ax.plot(trainable, 100 * exact, MARKERS[i % 7], color=COLOURS[i % 7], ms=13)
+        high = exact > 0.3  # then there is room for the label below the point
+        ax.annotate(
+            f"{method}\n{trainable:,}",
+            (trainable, 100 * exact),
+            (0, -14 if high else 14),
+            textcoords="offset points",
+            ha="center",
+            va="top" if high else "bottom",
+        )
+    ax.set_xscale("log")
+    ax.set_xlim(min(r[1] for r in rows) / 4, max(r[1] for r in rows) * 4)
+    ax.set_ylim(-5, 105)
+    ax.set_yticks(range(0, 101, 20))
+    ax.set(xlabel="trainable parameters (log scale)", ylabel="exact match (%)", title=title)
+    return fig
+
+
+def losses(runs, floor=None, title="", window=10):
+    """The loss by step, smoothed.
+
+    Args:
+        runs: label to list of losses in nats. floor: (label, value) of a line to draw.
+        title: a sentence. window: steps in the running mean.
+
+    Returns:
+        The figure.
+    """
+    fig, ax = new()
+    for label, loss in runs.items():
+        smooth = np.convolve(loss, np.ones(window) / window, "valid")
+        ax.plot(np.arange(len(smooth)) + window, smooth, label=label)
+    if floor:
+        ax.axhline(floor[1], ls="--", color="0.4", label=floor[0])
+    ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    ax.legend()
+    return fig
+
+
+def spectra(values, title="", log=True):
+    """Singular values in falling order.
+
+    Args:
+        values: label to array of singular values. title: a sentence. log: the vertical axis.
+
+    Returns:
+        The figure.
+    """
+    fig, ax = new()
+    for i, (label, s) in enumerate(values.items()):
+        ax.plot(np.arange(1, len(s) + 1), s, MARKERS[i % 7] + "-", ms=4, label=label)
+    if log:
+        ax.set_yscale("log")
+    ax.set(xlabel="index i", ylabel="singular value σᵢ", title=title)
+    ax.legend()
+    return fig
+
+
+def heat(ax, matrix, title="", xlabel="", ylabel="", symmetric=False):
+    """A matrix as colours on given axes, with a colour bar; `symmetric` puts 0 in the middle."""
+    most = np.abs(matrix).max() or 1
+    image = ax.imshow(
+        matrix,
+        cmap="RdBu_r" if symmetric else "viridis",
+        vmin=-most if symmetric else None,
+        vmax=most if symmetric else None,
+        aspect="auto",
+    )
+    ax.grid(False)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.figure.colorbar(image, ax=ax)
+    return image

@@ -1,0 +1,83 @@
+"""Remake everything in `data/`: `python -m minilora.pretrain`.
+
+The base is pre-trained by next-token prediction on five skills mixed, then saved with one
+evaluation set for each task, the history of its training, and checksums.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from . import io, safetensors, tasks
+from .train import evaluate, fit, task_batches
+from .transformer import Transformer
+
+RECIPE = {"steps": 2000, "lr": 3e-3, "seed": 0, "batch_size": 64}
+EVAL_EXAMPLES, EVAL_SEED = 500, 2026
+
+
+def fresh(dtype=np.float32):
+    """The base before its first step."""
+    rng = np.random.default_rng(RECIPE["seed"])
+    return Transformer(
+        vocab_size=tasks.VOCAB_SIZE, n_positions=tasks.N_POSITIONS, rng=rng, dtype=dtype
+    )
+
+
+def pretrain(model, **kwargs):
+    """Train by the recipe, on every token of every example; `kwargs` go to `fit`.
+
+    Returns:
+        The `History`.
+    """
+    draw = task_batches(list(tasks.SKILLS), RECIPE["batch_size"], answers_only=False)
+    settings = {"steps": RECIPE["steps"], "lr": RECIPE["lr"], "seed": RECIPE["seed"]}
+    return fit(model, draw, **(settings | {"label": "pre-training"} | kwargs))
+
+
+def evaluation_sets():
+    """One fixed set for each task, as unsigned bytes (500, 18)."""
+    rng = np.random.default_rng(EVAL_SEED)
+    return {t: tasks.sample(t, EVAL_EXAMPLES, rng).astype(np.uint8) for t in tasks.TASKS}
+
+
+def main(argv=None):
+    """Remake the data; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
+    parser.add_argument("--out", type=Path, default=io.DATA, help="folder to write (data/)")
+    out = parser.parse_args(argv).out
+    out.mkdir(parents=True, exist_ok=True)
+
+    model = fresh()
+    sets = {task: ids.astype(np.int64) for task, ids in evaluation_sets().items()}
+
+    def skills(model):
+        return {task: round(evaluate(model, sets[task]).exact_match, 4) for task in tasks.SKILLS}
+
+    history = pretrain(model, watch=skills, watch_every=50)
+    if history.interrupted:
+        print("interrupted: nothing was written")
+        return 130
+    io.save_model(model, out / "base.safetensors")
+    safetensors.write(out / "eval.safetensors", evaluation_sets())
+    story = {
+        "recipe": RECIPE,
+        "loss": [float(f"{x:.7g}") for x in history.loss],  # nats per token, by step
+        "exact_match": history.scores,  # (step, {skill: share of answers right})
+    }
+    (out / "history.json").write_text(json.dumps(story) + "\n")
+    names = ["base.safetensors", "eval.safetensors", "history.json"]
+    sums = [f"{hashlib.sha256((out / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
+    (out / "SHA256SUMS").write_text("".join(sums))
+
+    for task, ids in sets.items():
+        _, letters, exact = evaluate(model, ids)
+        print(f"{task:16} exact match {exact:6.1%}   letters {letters:6.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
