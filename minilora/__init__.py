@@ -1,0 +1,25 @@
+"""minilora: low-rank adaptation from scratch, to be read from top to bottom.
+
+The table of contents, in reading order.
+"""
+
+from . import ops, peft, safetensors, tasks
+from .tensor import Node, Tensor, backward, no_grad, record
+from .gradcheck import check_vjp
+from .nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
+from .transformer import Attention, Block, Transformer, attend, generate
+from .optim import SGD, AdamW, constant, cosine
+from .surgery import (
+    attach,
+    count,
+    detach,
+    detached,
+    freeze,
+    merge,
+    replace,
+    unfreeze,
+)
+from .peft import LoRA, LoRAEmbedding, full, lora
+from .train import History, Score, evaluate, fit, task_batches
+from .io import load_adapter, load_base, load_eval, load_model, save_adapter, save_model
+from .lecture import Prediction, check, number, show

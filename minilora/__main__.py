@@ -1,0 +1,176 @@
+"""The main job, `python -m minilora`: teach a frozen model a new skill, and count what it cost."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from . import io, ops, peft, surgery, tasks
+from .tensor import no_grad
+from .train import evaluate, fit
+
+# method -> (recipe, learning rate, merges); a recipe takes (model, rank, rng)
+METHODS = {
+    "full": (lambda model, r, rng: peft.full(model), 2e-3),
+    "lora": (lambda model, r, rng: peft.lora(model, r, targets="blocks.*", rng=rng), 1e-2),
+}
+
+
+def gemms(model):
+    """Matrix products in one forward pass."""
+    with ops.count_gemms() as log, no_grad():
+        model(np.zeros((1, tasks.N_POSITIONS), int))
+    return len(log)
+
+
+def run(method, task, rank, steps, seed):
+    """Fine-tune the base by one method.
+
+    Returns:
+        A dictionary: the row of the table.
+    """
+    recipe, lr = METHODS[method]
+    ids = io.load_eval(task)
+    model = io.load_base(np.float32)
+    before, plain = evaluate(model, ids), gemms(model)
+    recipe(model, rank, np.random.default_rng(seed))
+    counted = surgery.count(model, quiet=True)
+    start = time.perf_counter()
+    history = fit(model, task, steps=steps, lr=lr, seed=seed, label=f"{method:5}")
+    seconds = (time.perf_counter() - start) / max(1, len(history.loss))
+    after = evaluate(model, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        io.save_adapter(model, path)
+        size = path.stat().st_size
+    bypassed = gemms(model)
+    if surgery.wrappers(model):
+        surgery.merge(model)
+    return {
+        "method": method,
+        "trainable": counted.trainable,
+        "share": counted.share,
+        "bytes": size,
+        "before": before,
+        "after": after,
+        "merged": evaluate(model, ids),
+        "seconds": seconds,
+        "gemms": (bypassed - plain, gemms(model) - plain),  # extra: before, after merging
+        "interrupted": history.interrupted,
+    }
+
+
+def table(rows):
+    """The rows as text, one line a method."""
+    head = (
+        f"{'method':8}{'trainable':>11}{'share':>8}{'bytes/task':>12}{'exact match':>18}"
+        f"{'letters right':>18}{'ms/step':>9}{'extra GEMMs':>14}"
+    )
+    lines = [head, f"{'':39}{'before -> after':>18}{'before -> after':>18}{'':9}{'merged':>14}"]
+    for row in rows:
+        b, a = row["before"], row["after"]
+        lines.append(
+            f"{row['method']:8}{row['trainable']:11,}{row['share']:8.1%}{row['bytes']:12,}"
+            f"{b.exact_match:9.1%} -> {a.exact_match:5.1%}"
+            f"{b.token_accuracy:9.1%} -> {a.token_accuracy:5.1%}"
+            f"{1e3 * row['seconds']:9.1f}{row['gemms'][0]:8} -> {row['gemms'][1]}"
+        )
+    return "\n".join(lines)
+
+
+def one_of(choices):
+    """A type for argparse: a comma-separated list of names out of `choices`."""
+
+    def parse(text):
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is not known; expected one of {', '.join(choices)}"
+                )
+        return names
+
+    return parse
+
+
+def whole(low, high):
+    """A type for argparse: a whole number from `low` to `high`."""
+
+    def parse(text):
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}; expected a whole number from {low} to {high}"
+            )
+        return int(text)
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors on one line."""
+
+    def error(self, message):
+        self.exit(2, f"minilora: {message}\n")
+
+
+def main(argv=None):
+    """Run the main job; returns the exit code."""
+    parser = Parser(prog="python -m minilora", description=__doc__)
+    parser.add_argument(
+        "--task",
+        type=one_of(tasks.TASKS),
+        default=["sort_descending"],
+        help=f"the skill to learn: {', '.join(tasks.TASKS)} (sort_descending)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=one_of(METHODS),
+        default=list(METHODS),
+        help=f"which methods, with commas between: {','.join(METHODS)} (all)",
+    )
+    parser.add_argument("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
+    parser.add_argument("--steps", type=whole(1, 100000), default=400, help="training steps (400)")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("minilora.png"), help="the picture to save (minilora.png)"
+    )
+    args = parser.parse_args(argv)
+    if len(args.task) != 1:
+        parser.error(f"argument --task: {len(args.task)} tasks; expected one")
+    (task,) = args.task
+    if args.out.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument --out: {str(args.out)!r}; expected a name in .png, .svg or .pdf")
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"argument --out: there is no folder {str(args.out.parent)!r}")
+
+    example = tasks.decode(io.load_eval(task)[0])
+    print(f"The base knows {', '.join(tasks.SKILLS)}. The skill to learn: {task}.")
+    print(f"For example: {example}\n")
+    rows = []
+    for method in args.methods:
+        rows.append(run(method, task, args.rank, args.steps, args.seed))
+        if rows[-1]["interrupted"]:
+            break
+    print(f"\n{table(rows)}\n")
+    for row in rows:
+        if row["gemms"][0]:
+            print(
+                f"{row['method']}: merged into plain layers, it answers "
+                f"{row['merged'].exact_match:.1%} right with {row['gemms'][1]} extra GEMMs."
+            )
+    from . import plots  # matplotlib is slow to import; a wrong argument should not wait for it
+
+    fig = plots.accuracy(
+        [(r["method"], r["trainable"], r["after"].exact_match) for r in rows],
+        f"{task} after {args.steps} steps",
+    )
+    fig.savefig(args.out, dpi=100)
+    print(f"The picture is in {args.out}. Now open notebooks/00_tour.ipynb.")
+    return 130 if rows[-1]["interrupted"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
