@@ -33,8 +33,8 @@ def evaluate(model, ids):
     """Score a model on examples (N, 18) in one forward pass.
 
     An answer counts as exact if each letter is the most likely one given the right letters
-    before it. That is so exactly when greedy generation gives the right answer: as long as
-    it has made no mistake, both see the same input.
+    before it. For a causal model that is so exactly when greedy generation gives the right
+    answer: as long as it has made no mistake, both see the same input.
     """
     inputs, targets = tasks.inputs_and_targets(ids)
     was_training = model.training
