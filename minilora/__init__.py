@@ -3,7 +3,7 @@
 The table of contents, in reading order.
 """
 
-from . import ops, peft, safetensors, tasks
+from . import accounting, ops, peft, safetensors, tasks
 from .tensor import Node, Tensor, backward, no_grad, record
 from .gradcheck import check_vjp
 from .nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
@@ -19,7 +19,25 @@ from .surgery import (
     replace,
     unfreeze,
 )
-from .peft import LoRA, LoRAEmbedding, full, lora
+from .peft import (
+    IA3,
+    Adapter,
+    DoRA,
+    LoRA,
+    LoRAEmbedding,
+    PiSSA,
+    Prefix,
+    Prompt,
+    adapter,
+    bitfit,
+    fold,
+    full,
+    ia3,
+    lora,
+    lora_plus,
+    prefix,
+    prompt,
+)
 from .train import History, Score, evaluate, fit, task_batches
 from .io import load_adapter, load_base, load_eval, load_model, save_adapter, save_model
 from .lecture import Prediction, check, number, show

@@ -143,6 +143,8 @@ def main(argv=None):
     (task,) = args.task
     if args.out.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --out: {str(args.out)!r}; expected a name in .png, .svg or .pdf")
+    if args.out.is_dir():
+        parser.error(f"argument --out: {str(args.out)!r} is a folder; expected a file's name")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"argument --out: there is no folder {str(args.out.parent)!r}")
 

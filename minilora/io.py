@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import peft, safetensors, tasks
+from .nn import Embedding
 from .surgery import freeze, put, wrappers
 from .transformer import Transformer
 
@@ -59,7 +60,7 @@ def save_adapter(model, path):
     Raises:
         ValueError: if nothing trains.
     """
-    arrays = {name: p.data for name, p in model.trainable().items()}
+    arrays = {_plain(name): p.data for name, p in model.trainable().items()}
     if not arrays:
         raise ValueError("save_adapter: nothing trains in this model, so there is nothing to save")
     metadata = {
@@ -87,16 +88,16 @@ def load_adapter(model, path):
     modules, plain = dict(model.named_modules()), dict(model.named_parameters())
     new, expected = {}, {}
     for name, config in _json(path, metadata, "wrappers").items():
-        if not hasattr(modules.get(name), "dense"):
+        if name not in modules:
             raise ValueError(f"{path}: made for another model: this one has no layer {name}")
         try:
             config = dict(config)
             kind = peft.WRAPPERS[config.pop("kind")]
             new[name] = kind(modules[name], rng=np.random.default_rng(0), **config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the wrapper of {name} cannot be made: {error}") from None
-        own = vars(new[name]).items()
-        expected |= {f"{name}.{k}": p for k, p in own if isinstance(p, peft.Parameter)}
+        own = new[name].named_parameters()
+        expected |= {f"{name}.{k}": p for k, p in own if not k.startswith("base.")}
     expected |= {name: plain[name] for name in arrays if name in plain}
     if metadata.get("frozen") != _fingerprint(model, set(arrays)):
         raise ValueError(f"{path}: made for another model: the frozen weights differ")
@@ -109,9 +110,23 @@ def load_adapter(model, path):
     return model
 
 
-def load_base(dtype=np.float64):
-    """The pre-trained base that comes with the project, in `data/`; float64 for steady numbers."""
-    return load_model(DATA / "base.safetensors", dtype)
+def load_base(dtype=np.float64, n_positions=None):
+    """The pre-trained base that comes with the project, in `data/`.
+
+    Args:
+        dtype: float64 for steady numbers, float32 for speed.
+        n_positions: if given, the table of positions gets rows of zeros up to this many: room
+            for a prefix or a prompt, which the base's own 17 positions leave none for.
+    """
+    model = load_model(DATA / "base.safetensors", dtype)
+    if n_positions is not None:
+        extra = n_positions - model.config["n_positions"]
+        if extra < 0:
+            raise ValueError(f"n_positions is {n_positions}; expected 17 or more")
+        table = np.pad(model.positions.dense(), ((0, extra), (0, 0)))  # (17, d) -> (n, d)
+        model.positions = Embedding.of(table)
+        model.config["n_positions"] = n_positions
+    return model
 
 
 def load_eval(task):
@@ -155,11 +170,16 @@ def _fill(path, parameters, arrays):
         p.data[...] = arrays[name]
 
 
+def _plain(name):
+    """A parameter's name in the model without wrappers."""
+    return name.replace(".base.", ".")
+
+
 def _fingerprint(model, trained):
     """A checksum of the weights that are not `trained`, under their names in the plain model."""
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted((_plain(name), p) for name, p in model.named_parameters()):
         if name not in trained:
-            digest.update(name.replace(".base.", ".").encode())
+            digest.update(name.encode())
             digest.update(p.data.astype("<f4").tobytes())  # the same for a float64 copy
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import io
 import math
+from numbers import Integral, Real
 
 
 class Prediction:
@@ -23,7 +24,7 @@ class Prediction:
 
     def score(self, result, digits=3):
         """Print the guess beside the result."""
-        is_number = isinstance(result, float)
+        is_number = isinstance(result, Real) and not isinstance(result, Integral)
         told = (
             "as it is"
             if self.guess == result

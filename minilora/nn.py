@@ -178,5 +178,10 @@ class MLP(Module):
         self.up = Linear(d, expansion * d, rng=rng, dtype=dtype)
         self.down = Linear(expansion * d, d, rng=rng, dtype=dtype)
 
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.down.d_out
+
     def forward(self, x):
         return self.down(ops.gelu(self.up(x)))  # (…, d) -> (…, 4d) -> (…, d)

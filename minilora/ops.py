@@ -126,7 +126,7 @@ def power(x, n):
     """x ** n for a constant number n."""
     if isinstance(n, Tensor):
         raise TypeError("power: the exponent must be a plain number, not a Tensor")
-    a = x.data
+    a, n = x.data, np.asarray(n).item()  # a NumPy scalar would decide the dtype of the result
     return record(a**n, (x, lambda g: g * (n * a ** (n - 1))))
 
 
@@ -180,6 +180,20 @@ def index(x, key):
         return dx
 
     return record(x.data[key], (x, vjp))
+
+
+def prepend(rows, x):
+    """`rows` (m, d) put before every sequence of a batch, (B, T, d) to (B, m + T, d)."""
+    m, d = rows.shape
+    if x.ndim != 3 or x.shape[2] != d:
+        raise _shape_error("prepend", rows.shape, x.shape, "expected (m, d) and (B, T, d)")
+    front = np.broadcast_to(rows.data, (x.shape[0], m, d))
+    value = np.concatenate([front, x.data], axis=1)  # (B, m + T, d)
+    return record(
+        value,
+        (rows, lambda g: g[:, :m].sum(axis=0)),
+        (x, lambda g: g[:, m:]),
+    )
 
 
 def sum(x, axis=None, keepdims=False):
@@ -278,7 +292,10 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """
     d, w = x.shape[-1], weight.data
     if weight.shape != (d,) or bias.shape != (d,):
-        raise _shape_error("layer_norm", x.shape, weight.shape, "expected (…, d) and (d,)")
+        raise ValueError(
+            f"layer_norm: x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; "
+            "expected (…, d), (d,) and (d,)"
+        )
     old = x.shape
     xhat = x.data.reshape(-1, d)  # (…, d) -> (N, d)
     xhat = xhat - _row_mean(xhat)

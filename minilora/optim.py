@@ -44,13 +44,20 @@ class AdamW:
         eps: keeps the division finite.
         weight_decay: each step, p shrinks by lr · weight_decay · p. For matrices and tables
             only: biases and norms (1-D) do not decay.
+        factors: a number for each of `parameters`, by which its learning rate is multiplied.
 
     Source: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov & Hutter 2019,
     arXiv 1711.05101, algorithm 2.
     """
 
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(
+        self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, factors=None
+    ):
+        parameters = list(parameters)
         self.parameters = _that_train(parameters)
+        factors = [1.0] * len(parameters) if factors is None else factors
+        pairs = zip(parameters, factors, strict=True)
+        self.factors = [factor for p, factor in pairs if p.requires_grad]
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.t = 0
         self.m = [np.zeros_like(p.data) for p in self.parameters]
@@ -67,12 +74,13 @@ class AdamW:
         self.t += 1
         b1, b2 = self.betas
         c1, c2 = 1 - b1**self.t, 1 - b2**self.t  # the means start at 0: undo that bias
-        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
-            g = p.grad
+        state = zip(self.parameters, self.factors, self.m, self.v, strict=True)
+        for p, factor, m, v in state:
+            g, rate = p.grad, lr * factor
             if g is None:
                 continue
             if self.weight_decay and p.ndim > 1:
-                p.data *= 1 - lr * self.weight_decay
+                p.data *= 1 - rate * self.weight_decay
             m *= b1
             m += (1 - b1) * g
             square = g * g
@@ -84,7 +92,7 @@ class AdamW:
             np.sqrt(step, out=step)
             step += self.eps
             np.divide(m, step, out=step)
-            step *= lr / c1
+            step *= rate / c1
             p.data -= step
 
 

@@ -70,8 +70,9 @@ def losses(runs, floor=None, title="", window=10):
     """
     fig, ax = new()
     for label, loss in runs.items():
-        smooth = np.convolve(loss, np.ones(window) / window, "valid")
-        ax.plot(np.arange(len(smooth)) + window, smooth, label=label)
+        n = min(window, len(loss))
+        smooth = np.convolve(loss, np.ones(n) / n, "valid")
+        ax.plot(np.arange(len(smooth)) + n, smooth, label=label)
     if floor:
         ax.axhline(floor[1], ls="--", color="0.4", label=floor[0])
     ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)

@@ -11,14 +11,15 @@ from typing import NamedTuple
 from .nn import Module
 
 
-def _patterns(patterns):
+def as_patterns(patterns):
+    """One pattern or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _matching(names, patterns, what):
     """Those of `names` that match some pattern; a pattern that hits nothing is an error."""
     names, hits = list(names), set()
-    for pattern in _patterns(patterns):
+    for pattern in as_patterns(patterns):
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             near = get_close_matches(pattern, names, n=4, cutoff=0) or names[:4]
@@ -60,8 +61,8 @@ def replace(model, patterns, wrap, kind=Module):
     modules = {name: m for name, m in model.named_modules() if name and isinstance(m, kind)}
     hits = _matching(modules, patterns, "module" if kind is Module else "layer of the right kind")
     fresh = {name: wrap(modules[name]) for name in hits}
-    for name, module in fresh.items():
-        put(model, name, module)
+    for name in sorted(hits, key=lambda name: -name.count(".")):  # what is inside goes in first
+        put(model, name, fresh[name])
     return hits
 
 
@@ -112,7 +113,7 @@ def merge(model):
     for name, wrapper in found.items():
         if not hasattr(wrapper, "merged"):
             why = getattr(wrapper, "why_not_merged", "it has no merged()")
-            raise TypeError(f"merge: {name} is a {type(wrapper).__name__}: {why}")
+            raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
     fresh = {}
     for name, wrapper in found.items():
         try:

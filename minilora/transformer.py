@@ -43,6 +43,11 @@ class Attention(Module):
         self.v = Linear(d, d, rng=rng, dtype=dtype)
         self.o = Linear(d, d, rng=rng, dtype=dtype)
 
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.o.d_out
+
     def forward(self, x):
         return self.o(attend(self.q(x), self.k(x), self.v(x), self.n_head))
 
@@ -116,7 +121,8 @@ class Transformer(Module):
                 f"ids have shape {ids.shape}; expected (B, T) with T from 1 to "
                 f"{self.config['n_positions']}"
             )
-        x = self.tokens(ids) + self.positions(np.arange(ids.shape[1]))  # (B, T) -> (B, T, d)
+        x = self.tokens(ids)  # (B, T) -> (B, T, d)
+        x = x + self.positions(np.arange(x.shape[1]))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # (B, T, d) -> (B, T, vocab_size)

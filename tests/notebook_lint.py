@@ -315,5 +315,6 @@ def breaks_something(nb):
 @rule
 def claims_are_labelled(nb):
     """The reader is told what a claim rests on: *paper*, *exact here* or *toy evidence*."""
-    if not re.search(r"(?<![*_])[*_](paper|exact here|toy evidence)[*_](?![*_])", markdown(nb)):
+    label = r"(?<![*_])[*_](paper|exact here|toy evidence)[.,:]?[*_](?![*_])"
+    if not re.search(label, markdown(nb), flags=re.I):
         yield "no claim is labelled *paper*, *exact here* or *toy evidence*"

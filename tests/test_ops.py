@@ -251,28 +251,28 @@ def test_an_array_of_integers_subtracts_as_numbers(dtype):
 
 # ------------------------------------------------------------------ values against plain NumPy
 
-x = np.random.default_rng(3).standard_normal((2, 3, 5))
+X = np.random.default_rng(3).standard_normal((2, 3, 5))
 
 
 @pytest.mark.parametrize(
     "f, wanted",
     [
-        (ops.exp, np.exp(x)),
-        (ops.tanh, np.tanh(x)),
-        (ops.relu, np.maximum(x, 0)),
-        (lambda t: ops.log(ops.exp(t)), x),
-        (lambda t: ops.reshape(t, 5, 6), x.reshape(5, 6)),
-        (ops.transpose, x.T),
-        (lambda t: ops.transpose(t, 1, 2, 0), x.transpose(1, 2, 0)),
-        (lambda t: t[0, 1:, ::2], x[0, 1:, ::2]),
-        (lambda t: ops.sum(t, (0, 2)), x.sum((0, 2))),
-        (lambda t: ops.mean(t, -1, keepdims=True), x.mean(-1, keepdims=True)),
-        (lambda t: t @ x[0].T, x @ x[0].T),
-        (lambda t: -t / 3 - t**2, -x / 3 - x**2),
+        (ops.exp, np.exp(X)),
+        (ops.tanh, np.tanh(X)),
+        (ops.relu, np.maximum(X, 0)),
+        (lambda t: ops.log(ops.exp(t)), X),
+        (lambda t: ops.reshape(t, 5, 6), X.reshape(5, 6)),
+        (ops.transpose, X.T),
+        (lambda t: ops.transpose(t, 1, 2, 0), X.transpose(1, 2, 0)),
+        (lambda t: t[0, 1:, ::2], X[0, 1:, ::2]),
+        (lambda t: ops.sum(t, (0, 2)), X.sum((0, 2))),
+        (lambda t: ops.mean(t, -1, keepdims=True), X.mean(-1, keepdims=True)),
+        (lambda t: t @ X[0].T, X @ X[0].T),
+        (lambda t: -t / 3 - t**2, -X / 3 - X**2),
     ],
 )
 def test_plain_primitives_are_those_of_numpy(f, wanted):
-    np.testing.assert_allclose(f(Tensor(x)).data, wanted, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(f(Tensor(X)).data, wanted, rtol=1e-14, atol=1e-15)
 
 
 def test_relu_at_zero_has_no_slope():
@@ -283,8 +283,8 @@ def test_relu_at_zero_has_no_slope():
 
 def test_linear_is_x_wt_plus_bias():
     w, b = draw([(4, 5), (4,)])
-    got = ops.linear(Tensor(x), Tensor(w), Tensor(b)).data
-    np.testing.assert_allclose(got, np.einsum("bti,oi->bto", x, w) + b, rtol=1e-13)
+    got = ops.linear(Tensor(X), Tensor(w), Tensor(b)).data
+    np.testing.assert_allclose(got, np.einsum("bti,oi->bto", X, w) + b, rtol=1e-13)
 
 
 def test_embedding_looks_rows_up_and_adds_up_their_gradients():
@@ -301,8 +301,8 @@ def test_embedding_looks_rows_up_and_adds_up_their_gradients():
 
 def test_layer_norm_is_the_formula():
     w, b = draw([(5,), (5,)])
-    wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
-    got = ops.layer_norm(Tensor(x), Tensor(w), Tensor(b)).data
+    wanted = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-5) * w + b
+    got = ops.layer_norm(Tensor(X), Tensor(w), Tensor(b)).data
     np.testing.assert_allclose(got, wanted, rtol=1e-13, atol=1e-14)
 
 
@@ -338,25 +338,33 @@ def naive_softmax(z):
 
 
 def test_softmax_is_the_formula_and_takes_large_numbers():
-    np.testing.assert_allclose(ops.softmax(Tensor(x)).data, naive_softmax(x), rtol=1e-14)
+    np.testing.assert_allclose(ops.softmax(Tensor(X)).data, naive_softmax(X), rtol=1e-14)
     for far in (1e4, -1e4):
-        got = ops.softmax(Tensor(x + far)).data
-        np.testing.assert_allclose(got, naive_softmax(x), rtol=1e-10)
+        got = ops.softmax(Tensor(X + far)).data
+        np.testing.assert_allclose(got, naive_softmax(X), rtol=1e-10)
 
 
 def test_cross_entropy_is_the_mean_over_what_counts():
-    got = ops.cross_entropy(Tensor(x), LABELS).item()
-    p = naive_softmax(x)
+    got = ops.cross_entropy(Tensor(X), LABELS).item()
+    p = naive_softmax(X)
     rows = [(0, 0, 1), (0, 2, 0), (1, 0, 3), (1, 1, 2)]
     assert got == pytest.approx(np.mean([-np.log(p[row]) for row in rows]), rel=1e-13)
 
 
 def test_cross_entropy_of_what_is_ignored_has_no_gradient():
-    z = Tensor(x, requires_grad=True)
+    z = Tensor(X, requires_grad=True)
     ops.cross_entropy(z, LABELS).backward()
-    wanted = (naive_softmax(x) - np.eye(5)[LABELS.clip(0)]) / 4
+    wanted = (naive_softmax(X) - np.eye(5)[LABELS.clip(0)]) / 4
     wanted[LABELS == -100] = 0
     np.testing.assert_allclose(z.grad, wanted, rtol=1e-12, atol=1e-16)
+
+
+def test_cross_entropy_ignores_the_target_that_it_is_told_to():
+    z, targets = Tensor(X[0]), np.array([1, 0, 3])
+    got = ops.cross_entropy(z, targets, ignore_index=0).item()
+    assert got == ops.cross_entropy(z, np.array([1, -100, 3])).item()
+    with pytest.raises(IndexError, match="targets run from -100 to 3, V is 5"):
+        ops.cross_entropy(z, np.array([1, -100, 3]), ignore_index=0)
 
 
 def test_cross_entropy_takes_large_logits_and_small_integers():
@@ -463,7 +471,7 @@ def ones(*shape, dtype=np.float64):
         (
             lambda: ops.layer_norm(ones(2, 4), ones(3), ones(4)),
             ValueError,
-            r"layer_norm: shapes \(2, 4\) and \(3,\) do not fit; expected \(…, d\) and \(d,\)",
+            r"layer_norm: x \(2, 4\), weight \(3,\) and bias \(4,\) do not fit; expected \(…, d\)",
         ),
         (
             lambda: ops.layer_norm(ones(2, 4), ones(4), ones(3)),

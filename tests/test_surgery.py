@@ -142,6 +142,19 @@ def test_an_error_in_wrap_leaves_the_model_as_it_was():
     assert_unchanged(model, before)
 
 
+def test_a_module_and_what_is_inside_it_may_both_be_replaced():
+    model, called = small(), []
+
+    class Seen(Wrapper):
+        def forward(self, x):
+            called.append(self.base)
+            return super().forward(x)
+
+    names = replace(model, "blocks.0.attn*", Seen)  # attn, and its q, k, v and o
+    model(IDS)
+    assert len(names) == len(called) == 5
+
+
 @pytest.mark.parametrize("name", ["head", "blocks.1", "blocks.0.attn.q"])
 def test_put_sets_the_module_at_a_name(name):
     model, new = small(), Module()
@@ -277,7 +290,7 @@ def test_what_cannot_be_merged_is_named_and_nothing_is_merged(why, monkeypatch):
     model = adapted(small())
     replace(model, "head", Wrapper)
     before = state(model)
-    with pytest.raises(TypeError, match=f"merge: head is a Wrapper: {why}"):
+    with pytest.raises(TypeError, match=rf"merge: head \(Wrapper\) cannot be merged: {why}"):
         merge(model)
     assert_unchanged(model, before)
 

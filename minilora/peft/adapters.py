@@ -1,0 +1,235 @@
+"""Adapters in series, and learned keys, values and prompts: what cannot be merged."""
+
+import numpy as np
+
+from .. import ops
+from ..nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
+from ..surgery import freeze, replace, unfreeze
+from ..transformer import Attention, attend
+from .lora import check_plain, is_whole
+
+
+class Adapter(Module):
+    """A bottleneck in series: h + up(GELU(down(h))), where h is what the base gives.
+
+    Args:
+        base: a module with `d_out`, such as `Attention` or `MLP`.
+        r: the width of the bottleneck, 1 or more.
+        start: `"exact"`: `up` starts at zero, so the adapter starts as the identity, bit for
+            bit; `"near"`: `up` starts as N(0, 0.01²), as in the paper, so it is only close to it.
+        rng: a `numpy.random.Generator`.
+
+    Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1.
+    """
+
+    why_not_merged = (
+        "a nonlinearity stands between its two matrices, so no one matrix does the same"
+    )
+
+    def __init__(self, base, r, *, start="exact", rng):
+        if not is_whole(r) or r < 1:
+            raise ValueError(f"r is {r!r}; expected a whole number, 1 or more")
+        if start not in ("exact", "near"):
+            raise ValueError(f"start is {start!r}; expected 'exact' or 'near'")
+        d, dtype = base.d_out, next(iter(base.parameters())).dtype
+        self.base, self.r, self.start = base, int(r), start
+        self.adapter_down = Linear(d, r, rng=rng, dtype=dtype)
+        self.adapter_up = Linear(r, d, rng=rng, std=0.01 if start == "near" else 0.0, dtype=dtype)
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.base.d_out
+
+    def config(self):
+        """What rebuilds this wrapper around its base, for a file."""
+        return {"kind": "Adapter", "r": self.r, "start": self.start}
+
+    def forward(self, x):
+        h = self.base(x)  # (…, d)
+        return h + self.adapter_up(ops.gelu(self.adapter_down(h)))  # (…, d) -> (…, r) -> (…, d)
+
+
+def adapter(model, r=8, where="houlsby", *, start="exact", norms=False, rng):
+    """Freeze the model and put bottleneck adapters inside the residual branches.
+
+    Args:
+        model: changed in place.
+        r, start, rng: as for `Adapter`.
+        where: `"houlsby"`: after attention and after the MLP, two a block; `"pfeiffer"`: after
+            the MLP, one a block; or patterns for `Attention` and `MLP` modules.
+        norms: whether the LayerNorms train too, as in the papers' parameter counts.
+
+    Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247.
+    """
+    check_plain(model)
+    named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
+    patterns = named.get(where, where) if isinstance(where, str) else where
+    wrap = lambda base: Adapter(base, r, start=start, rng=rng)  # noqa: E731
+    hits = replace(model, patterns, wrap, kind=(Attention, MLP))
+    freeze(model)
+    unfreeze(model, [f"{name}.adapter_*" for name in hits])
+    if norms:
+        norm_names = [n for n, m in model.named_modules() if isinstance(m, LayerNorm)]
+        unfreeze(model, [f"{name}.*" for name in norm_names])
+    return model
+
+
+class Prefix(Module):
+    """Attention with `m` learned keys and values before the real ones, seen by every query.
+
+    Args:
+        base: an `Attention`.
+        m: how many, 1 or more.
+        room: the longest input that is left, `n_positions - m`.
+        hidden: if given, keys and values come from an MLP with this many hidden features, which
+            trains more calmly; `fold` puts what it computes in its place afterwards.
+        rng: a `numpy.random.Generator`.
+
+    The real tokens keep the causal mask. A prefix of zeros is *not* the identity: each of its
+    keys takes a share of the softmax, so the output shrinks by Z / (Z + m).
+
+    Source: Li & Liang 2021, arXiv 2101.00190, sections 4.1 to 4.3.
+    """
+
+    why_not_merged = "its keys and values depend on no input, so no weight of the layer holds them"
+
+    def __init__(self, base, m, room, *, hidden=None, rng):
+        if not is_whole(m) or m < 1:
+            raise ValueError(f"m is {m!r}; expected a whole number, 1 or more")
+        if room < 1:
+            raise ValueError(
+                f"m is {m}, which leaves {room} positions; expected room for 1 or more"
+            )
+        self.base, self.m, self.room, self.hidden = base, int(m), int(room), hidden
+        d, dtype = base.d_out, next(iter(base.parameters())).dtype
+        draw = lambda *shape: Parameter(rng.standard_normal(shape).astype(dtype))  # noqa: E731
+        if hidden is None:
+            self.keys, self.values = draw(m, d), draw(m, d)
+        else:
+            self.seeds = draw(m, d)
+            self.up = Linear(d, hidden, rng=rng, dtype=dtype)
+            self.down = Linear(hidden, 2 * d, rng=rng, dtype=dtype)
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.base.d_out
+
+    def config(self):
+        """What rebuilds this wrapper around its base, for a file."""
+        return {"kind": "Prefix", "m": self.m, "room": self.room, "hidden": self.hidden}
+
+    def pair(self):
+        """The keys and the values, each (m, d)."""
+        if self.hidden is None:
+            return self.keys, self.values
+        both = self.down(ops.tanh(self.up(self.seeds)))  # (m, d) -> (m, hidden) -> (m, 2d)
+        d = both.shape[1] // 2
+        return both[:, :d], both[:, d:]
+
+    def folded(self):
+        """The same prefix with plain keys and values, without the MLP."""
+        plain = Prefix(self.base, self.m, self.room, rng=np.random.default_rng(0))
+        plain.keys, plain.values = (Parameter(p.data.copy()) for p in self.pair())
+        return plain
+
+    def forward(self, x):
+        if x.shape[1] > self.room:
+            raise ValueError(
+                f"the input has {x.shape[1]} tokens; a prefix of {self.m} leaves room for "
+                f"{self.room} (n_positions - m)"
+            )
+        base, (keys, values) = self.base, self.pair()
+        k = ops.prepend(keys, base.k(x))  # (B, T, d) -> (B, m + T, d)
+        v = ops.prepend(values, base.v(x))
+        return base.o(attend(base.q(x), k, v, base.n_head))  # (B, T, d)
+
+
+def prefix(model, m=4, *, hidden=None, rng):
+    """Freeze the model and give every layer `m` learned keys and values.
+
+    As in GPT-2, where the prefix counts as past tokens, `m + T` must not exceed `n_positions`.
+
+    Source: Li & Liang 2021, arXiv 2101.00190.
+    """
+    check_plain(model)
+    room = model.config["n_positions"] - m if is_whole(m) else 1
+    wrap = lambda base: Prefix(base, m, room, hidden=hidden, rng=rng)  # noqa: E731
+    hits = replace(model, "blocks.*.attn", wrap, kind=Attention)
+    freeze(model)
+    own = [n for n, _ in model.named_parameters() if any(n.startswith(h + ".") for h in hits)]
+    unfreeze(model, [n for n in own if ".attn.base." not in n])
+    return model
+
+
+def fold(model):
+    """Replace every prefix that comes from an MLP by the keys and values that it computes."""
+    fresh = replace(model, "*", lambda p: p.folded() if p.hidden else p, kind=Prefix)
+    return fresh and model
+
+
+class Prompt(Module):
+    """A token table that puts `m` learned vectors before the vectors of the tokens.
+
+    Args:
+        base: an `Embedding`. m: how many. n_positions: of the model.
+        rng: a `numpy.random.Generator`; the vectors start as copies of random rows of the table.
+
+    Source: Lester et al. 2021, arXiv 2104.08691, section 2.
+    """
+
+    why_not_merged = "it lengthens the input, which no weight can do"
+
+    def __init__(self, base, m, n_positions, *, rng):
+        if not is_whole(m) or not 1 <= m < n_positions:
+            raise ValueError(f"m is {m!r}; expected a whole number from 1 to {n_positions - 1}")
+        table = base.dense()
+        self.base, self.m, self.n_positions = base, int(m), int(n_positions)
+        self.prompt = Parameter(table[rng.integers(len(table), size=m)])
+
+    def config(self):
+        """What rebuilds this wrapper around its base, for a file."""
+        return {"kind": "Prompt", "m": self.m, "n_positions": self.n_positions}
+
+    def dense(self):
+        """The table of the tokens."""
+        return self.base.dense()
+
+    def forward(self, ids):
+        if ids.shape[1] + self.m > self.n_positions:
+            raise ValueError(
+                f"the input has {ids.shape[1]} tokens; a prompt of {self.m} leaves room for "
+                f"{self.n_positions - self.m} (n_positions - m)"
+            )
+        return ops.prepend(self.prompt, self.base(ids))  # (B, T) -> (B, m + T, d)
+
+
+class WithoutPrompt(Module):
+    """A LayerNorm that drops the first `m` positions again, so that the logits fit the tokens."""
+
+    why_not_merged = Prompt.why_not_merged
+
+    def __init__(self, base, m, *, rng=None):
+        self.base, self.m = base, m
+
+    def config(self):
+        """What rebuilds this wrapper around its base, for a file."""
+        return {"kind": "WithoutPrompt", "m": self.m}
+
+    def forward(self, x):
+        return self.base(x[:, self.m :])  # (B, m + T, d) -> (B, T, d)
+
+
+def prompt(model, m=4, *, rng):
+    """Freeze the model and put `m` learned vectors before every input. Positions shift by m.
+
+    Source: Lester et al. 2021, arXiv 2104.08691.
+    """
+    check_plain(model)
+    n = model.config["n_positions"]
+    replace(model, "tokens", lambda base: Prompt(base, m, n, rng=rng), kind=Embedding)
+    replace(model, "norm", lambda base: WithoutPrompt(base, m), kind=LayerNorm)
+    freeze(model)
+    model.tokens.prompt.requires_grad = True
+    return model

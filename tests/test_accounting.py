@@ -1,0 +1,161 @@
+"""The exact rows: every number is the paper's formula, or the count of a published model."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minilora import accounting as acc
+from minilora.surgery import Count
+from minilora.transformer import Transformer
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+}
+MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 8, "intermediate_size": 14336}
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "tie_word_embeddings": True,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "tie_word_embeddings": True,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (GPT2, 124_439_808),
+        (LLAMA, 6_738_415_616),
+        (MISTRAL, 7_241_732_096),
+        (QWEN2, 494_032_768),
+        (QWEN3, 596_049_920),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_published_models_are_counted_to_the_last_parameter(config, parameters):
+    assert acc.shape_of(config).parameters() == parameters
+
+
+def test_a_config_is_read_from_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GPT2))
+    assert acc.shape_of(path) == acc.GPT2
+
+
+def test_gpt3_tied_and_untied():
+    assert acc.GPT3.parameters() == 174_604_259_328
+    assert replace(acc.GPT3, tied=False).parameters() == 175_221_817_344
+    assert acc.GPT3.biases() == 12_988_416
+
+
+def test_our_own_transformer_has_the_shape_of_gpt2():
+    rng = np.random.default_rng(0)
+    model = Transformer(vocab_size=24, n_positions=17, n_embd=64, n_head=4, n_layer=2, rng=rng)
+    ours = {"model_type": "gpt2", "vocab_size": 24, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    shape = acc.shape_of(ours | {"n_positions": 17, "tie_word_embeddings": False})
+    assert shape.parameters() == sum(p.size for p in model.parameters())
+    assert shape.biases() == sum(
+        p.size for name, p in model.named_parameters() if name.endswith(".bias")
+    )
+
+
+@pytest.mark.parametrize(
+    "r, count", [(1, 4_718_592), (2, 9_437_184), (4, 18_874_368), (8, 37_748_736)]
+)
+def test_lora_on_gpt3(r, count):
+    assert acc.lora_parameters(acc.GPT3, r, "qv") == count
+
+
+def test_lora_counts_grouped_heads_and_named_layers():
+    shape = acc.shape_of(MISTRAL)
+    assert shape.layers()["v"] == (1024, 4096)
+    assert acc.lora_parameters(shape, 8, "qv") == 32 * 8 * (8192 + 5120)
+    assert acc.lora_parameters(shape, 2, ("up", "down")) == 32 * 2 * 2 * (4096 + 14336)
+    with pytest.raises(ValueError, match=r"targets has 'z'; expected names out of q, k, v, o"):
+        acc.lora_parameters(shape, 8, "qz")
+
+
+@pytest.mark.parametrize(
+    "r, count",
+    [(1, 7_078_080), (4, 21_234_432), (8, 40_109_568), (16, 77_859_840), (64, 304_361_472)],
+)
+def test_adapters_on_gpt3(r, count):
+    assert acc.adapter_parameters(12288, r, 192) == count
+
+
+@pytest.mark.parametrize("r, count", [(6, 368_784), (224, 11_089_152)])
+def test_adapters_on_gpt2_medium(r, count):
+    assert acc.adapter_parameters(1024, r, 24, n_norms=24) == count
+
+
+def test_prefixes_on_gpt3():
+    assert acc.prefix_parameters(12288, 256, 8) == 3_244_032
+    assert acc.prefix_parameters(12288, 8, 8, n_layer=96) == 18_874_368
+
+
+def test_roberta_and_two_blocks_of_gpt2_medium():
+    base = replace(acc.GPT2, n_layer=12, d_model=768)
+    large = replace(acc.GPT2, n_layer=24, d_model=1024, n_head=16, n_kv_head=16)
+    assert acc.lora_parameters(base, 8) == 294_912
+    assert acc.lora_parameters(large, 8) == 786_432
+    d = 1024
+    assert 2 * (12 * d * d + 13 * d) == 25_192_448
+
+
+def test_the_line_that_peft_prints_for_gpt2():
+    added = 12 * 8 * (768 + 3 * 768)
+    assert str(Count(added, acc.GPT2.parameters() + added)) == (
+        "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    )
+
+
+def test_memory_storage_flops_and_the_break_even_rank():
+    memory = acc.training_memory(1000, 10)
+    assert memory == (2000, 20, 80)
+    assert memory.total == 2100
+    assert acc.storage(100, 350, 0.035, shared=True) == pytest.approx(353.5)
+    assert acc.storage(100, 350, 350, shared=False) == 35_000
+    assert acc.linear_flops(768, 8) / acc.linear_flops(768) == 0.6875
+    assert acc.break_even_rank(64, 256) == 51.2
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'; expected 'gpt2'"),
+        ({}, "model_type is None"),
+        ({"model_type": "llama"}, "config has no 'hidden_size', which a llama needs"),
+    ],
+)
+def test_what_it_cannot_read_it_says(config, message):
+    with pytest.raises(ValueError, match=message):
+        acc.shape_of(config)
