@@ -1,0 +1,152 @@
+"""The comparison: fair points, rates chosen on other data, and runs that survive Ctrl-C."""
+
+import json
+from concurrent.futures import Future
+
+import pytest
+
+from minilora import compare, io
+from minilora.compare import BUDGETS, METHODS, SEEDS, TUNING_SEED
+from minilora.surgery import count
+from minilora.train import History
+
+TASK = "reverse_shift"
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Two methods with two rates each, and runs of a single step in this process."""
+    few = {name: METHODS[name]._replace(lrs=METHODS[name].lrs[:2]) for name in ("lora+", "bitfit")}
+    monkeypatch.setattr(compare, "METHODS", few)
+    monkeypatch.setattr(compare, "STEPS", 1)
+
+    def run_briefly(*args):
+        return run(*args, steps=1)
+
+    run = compare.run
+    monkeypatch.setattr(compare, "run", run_briefly)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
+
+
+class Here:
+    """Stands in for a pool of processes: does the work at once."""
+
+    def __init__(self, jobs):
+        assert jobs >= 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except KeyboardInterrupt as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **how):
+        assert how == {"wait": False, "cancel_futures": True}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_point_keeps_its_budget(name):
+    for budget, size in compare.points(name):
+        trainable = count(compare.prepared(name, size, 0), quiet=True).trainable
+        if budget == "its own":
+            assert size is None
+        elif name == "dora":  # LoRA's A and B at that budget, and one length for each row
+            assert trainable == BUDGETS[budget] + 1152
+        else:
+            assert 0.88 * BUDGETS[budget] < trainable <= 1.01 * BUDGETS[budget]
+
+
+def test_the_seeds_and_the_sets_are_apart():
+    assert len(set(SEEDS)) >= 5 and TUNING_SEED not in SEEDS
+    for task in ("reverse_shift", "sort_descending"):
+        test_set = {row.tobytes() for row in io.load_eval(task)}
+        assert not test_set & {row.tobytes() for row in compare.validation_set(task)}
+
+
+def test_the_best_rate_is_the_best_by_score_then_by_loss():
+    rows = [
+        {"task": "t", "method": "m", "budget": "b", "lr": lr, "seed": seed, "exact": e, "loss": x}
+        for lr, seed, e, x in [
+            (1, 0, 0.5, 1.0),
+            (2, 0, 0.7, 0.9),
+            (3, 0, 0.7, 0.8),
+            (4, 0, 0.0, None),  # diverged
+            (5, 1, 1.0, 0.0),  # not a tuning run
+        ]
+    ]
+    assert compare.best_rates(rows) == {("t", "m", "b"): 3}
+
+
+def test_a_run_is_repeatable_and_scored_on_the_set_of_its_seed():
+    args = (TASK, "lora", "small", 1e-2)
+    first, again = (compare.run(*args, seed=1, steps=2) for _ in range(2))
+    assert first == again
+    assert (first["size"], first["trainable"]) == (1, 2304)
+    tuned = compare.run(*args, seed=TUNING_SEED, steps=2)
+    assert tuned["loss"] != first["loss"]
+
+
+def test_a_run_that_diverges_counts_as_zero():
+    row = compare.run(TASK, "full", "its own", 1e30, 1, steps=5)
+    assert (row["exact"], row["loss"], row["train_loss"]) == (0.0, None, None)
+
+
+def test_an_interrupted_run_is_no_result(monkeypatch):
+    monkeypatch.setattr(compare, "fit", lambda *args, **kwargs: compare_history())
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(TASK, "lora", "small", 1e-2, 1)
+
+
+def compare_history():
+    """What `fit` returns after Ctrl-C."""
+    return History(loss=[1.0], interrupted=True)
+
+
+def test_all_runs_are_made_once_and_the_file_says_what_made_them(brief, tmp_path, capsys):
+    path = tmp_path / "runs.json"
+    argv = ["--out", str(path), "--tasks", TASK, "--jobs", "1"]
+    assert compare.main(argv) == 0
+    story = json.loads(path.read_text())
+    points = 3 + 1  # three budgets of LoRA+, and BitFit's own
+    assert len(story["runs"]) == points * (2 + len(SEEDS))
+    assert story["command"] == "python -m minilora.compare" and story["version"]
+    for at in {(r["method"], r["budget"]) for r in story["runs"]}:
+        counted = [r for r in story["runs"] if (r["method"], r["budget"]) == at and r["seed"]]
+        assert [r["seed"] for r in counted] == list(SEEDS)
+        assert len({r["lr"] for r in counted}) == 1
+
+    before = path.read_bytes()
+    assert compare.main(argv) == 0  # nothing is left to do
+    assert path.read_bytes() == before
+    assert f"{points * 7} runs are in" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
+    brief, tmp_path, capsys, monkeypatch
+):
+    path, done, run = tmp_path / "runs.json", [], compare.run
+
+    def third_time_unlucky(*args):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(compare, "run", third_time_unlucky)
+    argv = ["--out", str(path), "--tasks", TASK, "--methods", "bitfit", "--jobs", "1"]
+    assert compare.main(argv) == 130
+    kept = compare.load(path)
+    assert 0 < len(kept) <= 3
+    assert "goes on from there" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "run", run)
+    assert compare.main(argv) == 0
+    assert len(compare.load(path)) == 2 + len(SEEDS)
+    assert all(row in compare.load(path) for row in kept)
