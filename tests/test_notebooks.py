@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import notebook_lint
-from notebook_lint import RULES, UNCOMPARED, code_cells, tags
+from notebook_lint import RULES, UNCOMPARED, code_cells, markdown, tags
 from refresh_notebooks import execute, find, normalise, read
 
 NOTEBOOKS = find()
@@ -319,18 +319,29 @@ def printed(cell):
             yield "value", output.data.get("text/plain")
 
 
+def solved(nb):
+    """For each exercise, a cell with its solution and then its check."""
+    source = ""
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            source = cell.source
+        for code in re.findall(r"<details>.*?```python\n(.*?)```.*?</details>", cell.source, re.S):
+            yield new_code_cell(f"{code}\n{source.partition('# check')[2]}")
+
+
 def execute_pushed(nb, folder):
-    """Run a notebook with its training pushed.
+    """Run a notebook with its training pushed, and then every solution with its check.
 
     Returns:
-        Its cells, and whether anything was pushed.
+        Its cells, those with the solutions, and whether anything was pushed.
     """
-    nb = copy.deepcopy(nb)
+    nb, n = copy.deepcopy(nb), len(nb.cells)
+    solutions = list(solved(nb))
     nb.cells.insert(0, new_code_cell(INJECTED))
-    nb.cells.append(new_code_cell("print(bool(_pushed))"))
+    nb.cells += [new_code_cell("print(bool(_pushed))"), *solutions]
     # Errors are kept and compared like all else, so that a failure names its cell.
-    _, *cells, last = execute(nb, folder, allow_errors=True).cells
-    return cells, list(printed(last)) == [("stdout", "True\n")]
+    cells = execute(nb, folder, allow_errors=True).cells[1:]
+    return cells[:n], cells[n + 1 :], list(printed(cells[n])) == [("stdout", "True\n")]
 
 
 def test_a_number_that_hangs_by_a_thread_is_caught(tmp_path):
@@ -340,7 +351,7 @@ def test_a_number_that_hangs_by_a_thread_is_caught(tmp_path):
         "for _ in range(80):\n    x = 3.9 * x * (1 - x)  # chaos\nprint(f'{x:.4f}')",
     ]
     nb = new_notebook(cells=[new_code_cell(source) for source in sources])
-    (_, calm, chaos), pushed = execute_pushed(nb, tmp_path)
+    (_, calm, chaos), _, pushed = execute_pushed(nb, tmp_path)
     _, calm_before, chaos_before = execute(nb, tmp_path).cells
     assert pushed
     assert list(printed(calm)) == list(printed(calm_before)) == [("stdout", "0.2400\n")]
@@ -354,10 +365,20 @@ def rerun(request):
 
 
 class Perturbed:
-    """A notebook prints the same when its training starts a hair's breadth away."""
+    """A notebook prints the same when its training starts a hair's breadth away.
 
-    def test_something_was_pushed(self, rerun):
-        assert rerun[1]
+    Its exercises can be solved, too: the run goes on with every solution and its check.
+    """
+
+    def test_something_was_pushed_if_it_trains(self, rerun):
+        assert rerun[2] or not self.trains
+
+    def test_every_solution_passes_its_check(self, rerun):
+        told = [list(printed(cell)) for cell in rerun[1]]
+        assert len(told) == markdown(read_once(self.path)).count("<details>") > 0
+        for words in told:
+            kind, text = words[-1]
+            assert (kind, text.splitlines()[-1]) == ("stdout", "Right.")
 
     def test_prints_the_same(self, rerun, cell):
         stored, again = read_once(self.path).cells[cell], rerun[0][cell]
@@ -371,10 +392,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", [i for i, cell in cells if not tags(cell) & UNCOMPARED])
 
 
-# One class for each notebook that trains: xdist hands a class to one worker as a whole, so that
+# One class for each notebook: xdist hands a class to one worker as a whole, so that
 # the notebook runs once, and different classes to different workers.
 for _path in NOTEBOOKS:
     _source = "".join(cell.source for _, cell in code_cells(read_once(_path)))
-    if re.search(r"\b(fit|AdamW|SGD)\(", _source):
-        _name = f"TestPerturbed_{_path.stem}"
-        globals()[_name] = type(_name, (Perturbed,), {"path": _path})
+    _trains = bool(re.search(r"\b(fit|AdamW|SGD)\(", _source))
+    _name = f"TestPerturbed_{_path.stem}"
+    globals()[_name] = type(_name, (Perturbed,), {"path": _path, "trains": _trains})
