@@ -44,6 +44,12 @@ def load_model(path, dtype=None):
     config = _json(path, metadata, "config")
     if dtype is None:
         dtype = next(iter(arrays.values())).dtype if arrays else np.float32
+    sizes = [np.shape(arrays.get(f"{table}.weight")) for table in ("tokens", "positions")]
+    n, d = config.get("n_layer"), config.get("n_embd")
+    expected = [(config.get("vocab_size"), d), (config.get("n_positions"), d)]
+    if sizes != expected or not isinstance(n, int) or n > len(arrays):
+        # before anything is built: a small file must not ask for a large model
+        raise ValueError(f"{path}: its tensors do not fit its configuration {config}")
     try:
         model = Transformer(**config, rng=np.random.default_rng(0), dtype=dtype)
     except (TypeError, ValueError, MemoryError) as error:
@@ -92,8 +98,10 @@ def load_adapter(model, path):
             raise ValueError(f"{path}: made for another model: this one has no layer {name}")
         try:
             config = dict(config)
-            kind = peft.WRAPPERS[config.pop("kind")]
-            new[name] = kind(modules[name], rng=np.random.default_rng(0), **config)
+            kind = config.pop("kind")
+            if kind not in peft.WRAPPERS:
+                raise ValueError(f"kind is {kind!r}; expected one of {', '.join(peft.WRAPPERS)}")
+            new[name] = peft.WRAPPERS[kind](modules[name], rng=np.random.default_rng(0), **config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the wrapper of {name} cannot be made: {error}") from None
         own = new[name].named_parameters()

@@ -127,7 +127,7 @@ def power(x, n):
     if isinstance(n, Tensor):
         raise TypeError("power: the exponent must be a plain number, not a Tensor")
     a, n = x.data, np.asarray(n).item()  # a NumPy scalar would decide the dtype of the result
-    return record(a**n, (x, lambda g: g * (n * a ** (n - 1))))
+    return record(a**n, (x, lambda g: g * (n * a ** (n - 1)) if n else np.zeros_like(g)))
 
 
 def exp(x):
@@ -243,6 +243,12 @@ def linear(x, weight, bias=None):
     d_out, d_in = weight.shape
     if x.shape[-1] != d_in:
         raise _shape_error("linear", x.shape, weight.shape, "expected (…, d_in) and (d_out, d_in)")
+    if bias is not None and bias.shape != (d_out,):
+        raise _shape_error(
+            "linear", weight.shape, bias.shape, "expected (d_out, d_in) and (d_out,)"
+        )
+    if x.dtype != weight.dtype:
+        raise TypeError(f"linear: x is {x.dtype} and weight {weight.dtype}; convert one first")
     old, w = x.shape, weight.data
     x2 = x.data.reshape(-1, d_in)  # (…, d_in) -> (N, d_in)
     y = _gemm(x2, w.T)  # (N, d_in) @ (d_in, d_out) -> (N, d_out)
@@ -402,6 +408,8 @@ def cross_entropy(logits, targets, ignore_index=-100):
         A scalar, in nats.
     """
     targets = np.asarray(targets)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"cross_entropy: targets have dtype {targets.dtype}; expected integers")
     if targets.shape != logits.shape[:-1]:
         raise _shape_error("cross_entropy", logits.shape, targets.shape, "expected (…, V) and (…)")
     old, v = logits.shape, logits.shape[-1]

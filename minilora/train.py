@@ -89,8 +89,8 @@ def fit(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected 1 or more")
-    if not lr > 0:
-        raise ValueError(f"lr is {lr}; expected a number above 0")
+    if not 0 < lr < np.inf:
+        raise ValueError(f"lr is {lr}; expected a finite number above 0")
     if not callable(draw):
         draw = task_batches(draw)
     rng = np.random.default_rng(seed)
@@ -120,7 +120,7 @@ def fit(
             optimizer.step(lr * schedule(step, steps))
             history.loss.append(loss.item())
             bar.update()
-            if (step + 1) % watch_every == 0 and step + 1 < steps:
+            if (step + 1) % watch_every == 0:
                 look(step + 1)
     except KeyboardInterrupt:
         history.interrupted = True
@@ -160,7 +160,7 @@ class _Lines:
 def _bar(steps, label, progress):
     """A bar for a terminal, a log or a notebook.
 
-    Away from a terminal it moves ten times and shows no clock, so that a notebook's stored
+    Away from a terminal it moves about ten times and shows no clock, so that a notebook's stored
     output comes out the same on every machine.
     """
     if sys.stderr.isatty():

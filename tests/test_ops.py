@@ -49,6 +49,8 @@ TABLE = [
     ("index a mask", lambda x: ops.index(x, np.array([True, False, True])), [(3, 4)]),
     ("index nothing", lambda x: ops.index(x, slice(0, 0)), [(3, 4)]),
     ("index one number", lambda x: ops.index(x, 2), [(3,)]),
+    ("prepend", ops.prepend, [(2, 3), (4, 5, 3)]),
+    ("prepend nothing", ops.prepend, [(0, 3), (2, 1, 3)]),
     ("sum", ops.sum, [(2, 3)]),
     ("sum of a scalar", ops.sum, [()]),
     ("sum of length 0", ops.sum, [(0, 3)]),
@@ -299,6 +301,13 @@ def test_embedding_looks_rows_up_and_adds_up_their_gradients():
         np.testing.assert_array_equal(w.grad[:, 1], 10 * w.grad[:, 0])
 
 
+def test_prepend_puts_the_same_rows_before_every_sequence():
+    rows, x = draw([(2, 3), (4, 5, 3)])
+    got = ops.prepend(Tensor(rows), Tensor(x)).data
+    for one, wanted in zip(got, x, strict=True):
+        np.testing.assert_array_equal(one, np.concatenate([rows, wanted]))
+
+
 def test_layer_norm_is_the_formula():
     w, b = draw([(5,), (5,)])
     wanted = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-5) * w + b
@@ -446,6 +455,12 @@ def ones(*shape, dtype=np.float64):
         (lambda: ones(3) @ ones(3, 2), ValueError, r"matmul: shapes \(3,\) and \(3, 2\).*m, k"),
         (lambda: ones(2, 3) @ ones(3), ValueError, r"matmul: shapes \(2, 3\) and \(3,\)"),
         (lambda: ones(5, 2, 3) @ ones(4, 3, 2), ValueError, r"\(5,2,3\).*\(4,3,2\)"),
+        (
+            lambda: ops.prepend(ones(2, 3), ones(5, 4, 2)),
+            ValueError,
+            r"prepend: shapes \(2, 3\) and \(5, 4, 2\) do not fit; expected \(m, d\)",
+        ),
+        (lambda: ops.prepend(ones(2, 3), ones(4, 3)), ValueError, r"\(2, 3\) and \(4, 3\)"),
         (lambda: ones(2, 3).reshape(4), ValueError, r"size 6 into shape \(4,\)"),
         (
             lambda: ops.linear(ones(2, 3), ones(4, 2)),
@@ -455,7 +470,17 @@ def ones(*shape, dtype=np.float64):
         (
             lambda: ops.linear(ones(2, 3), ones(4, 3), ones(5)),
             ValueError,
-            r"\(2,4\).*\(5,\)",
+            r"linear: shapes \(4, 3\) and \(5,\) do not fit; expected \(d_out, d_in\) and \(d_out",
+        ),
+        (
+            lambda: ops.linear(ones(2, 3), Tensor(np.ones((4, 3), np.float32))),
+            TypeError,
+            "linear: x is float64 and weight float32; convert one first",
+        ),
+        (
+            lambda: ops.cross_entropy(ones(2, 3), [0.0, 1.0]),
+            TypeError,
+            "cross_entropy: targets have dtype float64; expected integers",
         ),
         (
             lambda: ops.embedding(ones(4, 2), [0.0, 1.0]),
@@ -514,3 +539,9 @@ def ones(*shape, dtype=np.float64):
 def test_errors_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_slope_of_a_constant_power_is_zero_at_zero_too():
+    x = Tensor([0.0, 2.0], requires_grad=True)
+    ops.power(x, 0).sum().backward()
+    assert np.array_equal(x.grad, [0, 0])

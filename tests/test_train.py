@@ -165,9 +165,9 @@ def test_steps_below_one_are_refused(steps):
         quick(small(), steps=steps)
 
 
-@pytest.mark.parametrize("lr", [0, -0.1, np.nan])
-def test_a_rate_that_is_not_above_zero_is_refused(lr):
-    with pytest.raises(ValueError, match=f"lr is {lr}; expected a number above 0"):
+@pytest.mark.parametrize("lr", [0, -0.1, np.nan, np.inf])
+def test_a_rate_that_is_not_finite_and_above_zero_is_refused(lr):
+    with pytest.raises(ValueError, match=f"lr is {lr}; expected a finite number above 0"):
         quick(small(), lr=lr)
 
 
