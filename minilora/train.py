@@ -74,7 +74,7 @@ def fit(
         seed: of the generator that `draw` gets.
         schedule: (step, steps) to a factor for `lr`.
         weight_decay: for `AdamW`.
-        optimizer: used instead of `AdamW` if given.
+        optimizer: used instead of `AdamW` if given: anything with `step(lr)`.
         watch: called as `watch(model)` before the first step, then every `watch_every` steps and
             after the last; what it returns goes into `history.scores`.
         progress: whether to show a bar. label: its text.
