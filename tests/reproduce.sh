@@ -113,7 +113,8 @@ run() {
         haswell) blas_kernel haswell Haswell avx2 AVX2 ;;
         skylakex) blas_kernel skylakex SkylakeX avx512f AVX-512 ;;
         threads-1) notebooks threads-1 python OPENBLAS_NUM_THREADS=1 ;;
-        threads-2) notebooks threads-2 python OPENBLAS_NUM_THREADS=2 ;;
+        # One worker: two that spin on two threads each would wait for one another.
+        threads-2) notebooks threads-2 python OPENBLAS_NUM_THREADS=2 PYTEST_ADDOPTS="-n 0" ;;
         no-avx512) without_avx512 ;;
         # The last Python for which NumPy 1.26 and today's matplotlib both have wheels is 3.12.
         numpy-1.26) versions numpy-1.26 3.11 'numpy==1.26.*' ;;
