@@ -11,6 +11,20 @@ from typing import NamedTuple
 from .nn import Module
 
 
+class Wrapper(Module):
+    """A module that holds another in `base`, and has its sizes."""
+
+    @property
+    def d_in(self):
+        """Features that come in."""
+        return self.base.d_in
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.base.d_out
+
+
 def as_patterns(patterns):
     """One pattern or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -3,13 +3,13 @@
 import numpy as np
 
 from .. import ops
-from ..nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
-from ..surgery import freeze, replace, unfreeze
+from ..nn import MLP, Embedding, LayerNorm, Linear, Parameter
+from ..surgery import Wrapper, freeze, replace, unfreeze
 from ..transformer import Attention, attend
 from .lora import check_plain, is_whole
 
 
-class Adapter(Module):
+class Adapter(Wrapper):
     """A bottleneck in series: h + up(GELU(down(h))), where h is what the base gives.
 
     Args:
@@ -35,11 +35,6 @@ class Adapter(Module):
         self.base, self.r, self.start = base, int(r), start
         self.adapter_down = Linear(d, r, rng=rng, dtype=dtype)
         self.adapter_up = Linear(r, d, rng=rng, std=0.01 if start == "near" else 0.0, dtype=dtype)
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.base.d_out
 
     def config(self):
         """What rebuilds this wrapper around its base, for a file."""
@@ -75,7 +70,7 @@ def adapter(model, r=8, where="houlsby", *, start="exact", norms=False, rng):
     return model
 
 
-class Prefix(Module):
+class Prefix(Wrapper):
     """Attention with `m` learned keys and values before the real ones, seen by every query.
 
     Args:
@@ -110,11 +105,6 @@ class Prefix(Module):
             self.seeds = draw(m, d)
             self.up = Linear(d, hidden, rng=rng, dtype=dtype)
             self.down = Linear(hidden, 2 * d, rng=rng, dtype=dtype)
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.base.d_out
 
     def config(self):
         """What rebuilds this wrapper around its base, for a file."""
@@ -169,7 +159,7 @@ def fold(model):
     return fresh and model
 
 
-class Prompt(Module):
+class Prompt(Wrapper):
     """A token table that puts `m` learned vectors before the vectors of the tokens.
 
     Args:
@@ -205,7 +195,7 @@ class Prompt(Module):
         return ops.prepend(self.prompt, self.base(ids))  # (B, T) -> (B, m + T, d)
 
 
-class WithoutPrompt(Module):
+class WithoutPrompt(Wrapper):
     """A LayerNorm that drops the first `m` positions again, so that the logits fit the tokens."""
 
     why_not_merged = Prompt.why_not_merged

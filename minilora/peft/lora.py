@@ -7,9 +7,9 @@ from numbers import Real
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Module, Parameter
+from ..nn import Embedding, Linear, Parameter
 from ..optim import AdamW
-from ..surgery import as_patterns, freeze, replace, unfreeze, wrappers
+from ..surgery import Wrapper, as_patterns, freeze, replace, unfreeze, wrappers
 from ..tensor import Tensor
 
 
@@ -18,7 +18,7 @@ def is_whole(n):
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
-class LoRA(Module):
+class LoRA(Wrapper):
     """A linear layer with a low-rank bypass: h = W x + b + scaling · B A x, W and b frozen.
 
     Args:
@@ -64,16 +64,6 @@ class LoRA(Module):
     def scaling(self):
         """What multiplies B A x: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
-
-    @property
-    def d_in(self):
-        """Features that come in."""
-        return self.base.d_in
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.base.d_out
 
     def config(self):
         """What rebuilds this wrapper around its base, for a file."""

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..nn import Linear, Module, Parameter
-from ..surgery import freeze, replace, unfreeze
+from ..nn import Linear, Parameter
+from ..surgery import Wrapper, freeze, replace, unfreeze
 from .lora import check_plain, finite, like
 
 
@@ -22,7 +22,7 @@ def bitfit(model):
     return unfreeze(model, "*.bias")
 
 
-class IA3(Module):
+class IA3(Wrapper):
     """A linear layer with a learned scale for each feature that comes out, or that goes in.
 
     Args:
@@ -40,16 +40,6 @@ class IA3(Module):
         self.base, self.side = base, side
         size = base.d_out if side == "out" else base.d_in
         self.scale = Parameter(np.ones(size, base.dense().dtype))
-
-    @property
-    def d_in(self):
-        """Features that come in."""
-        return self.base.d_in
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.base.d_out
 
     def config(self):
         """What rebuilds this wrapper around its base, for a file."""

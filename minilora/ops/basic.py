@@ -1,0 +1,279 @@
+"""Arithmetic, shapes and matrix products, and the helpers that every primitive uses."""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import numpy as np
+
+from ..tensor import Tensor, record
+
+# ------------------------------------------------------------------ helpers
+
+
+def as_pair(a, b):
+    """Both operands as tensors of one dtype: what is not a tensor takes the other's dtype."""
+    if not isinstance(a, Tensor):
+        a = Tensor(np.asarray(a, b.dtype))
+    if not isinstance(b, Tensor):
+        b = Tensor(np.asarray(b, a.dtype))
+    if a.dtype != b.dtype:
+        raise TypeError(f"tensors of dtype {a.dtype} and {b.dtype} do not mix; convert one first")
+    return a, b
+
+
+def _unbroadcast(g, shape):
+    """Sum `g` over the axes that broadcasting added or stretched, back to `shape`."""
+    if g.shape == shape:
+        return g
+    g = g.sum(axis=tuple(range(g.ndim - len(shape))))  # leading axes that were added
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return g.sum(axis=stretched, keepdims=True)
+
+
+def once(f):
+    """`f`, computed once for the edges of one node, which `backward` calls with the same `g`."""
+    last = [None, None]
+
+    def call(g):
+        if last[0] is not g:
+            last[:] = g, f(g)
+        return last[1]
+
+    return call
+
+
+_gemm_log = ContextVar("gemm_log", default=None)
+
+
+@contextmanager
+def count_gemms():
+    """Inside this block, list every matrix product of the engine as (batch, m, k, n).
+
+    Each entry stands for `batch` products (m, k) @ (k, n), that is 2·batch·m·k·n FLOPs.
+    """
+    token = _gemm_log.set([])
+    try:
+        yield _gemm_log.get()
+    finally:
+        _gemm_log.reset(token)
+
+
+def gemm(a, b, out=None):
+    """Every matrix product goes through here, so that it can be counted."""
+    log = _gemm_log.get()
+    if log is not None:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        log.append((int(np.prod(batch)), a.shape[-2], a.shape[-1], b.shape[-1]))
+    return np.matmul(a, b, out=out)
+
+
+def shape_error(op, a, b, expected):
+    """An error that names the operation and both shapes, and says what was expected."""
+    return ValueError(f"{op}: shapes {a} and {b} do not fit; {expected}")
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def add(a, b):
+    """a + b, with broadcasting."""
+    a, b = as_pair(a, b)
+    try:
+        value = a.data + b.data
+    except ValueError:
+        raise shape_error("add", a.shape, b.shape, "they must broadcast") from None
+    sa, sb = a.shape, b.shape
+    return record(
+        value,
+        (a, lambda g: _unbroadcast(g, sa)),
+        (b, lambda g: _unbroadcast(g, sb)),
+    )
+
+
+def mul(a, b):
+    """a · b element by element, with broadcasting."""
+    a, b = as_pair(a, b)
+    xa, xb = a.data, b.data
+    try:
+        value = xa * xb
+    except ValueError:
+        raise shape_error("mul", a.shape, b.shape, "they must broadcast") from None
+    sa, sb = a.shape, b.shape
+    return record(
+        value,
+        (a, lambda g: _unbroadcast(g * xb, sa)),
+        (b, lambda g: _unbroadcast(g * xa, sb)),
+    )
+
+
+def sub(a, b):
+    """a - b, with broadcasting."""
+    a, b = as_pair(a, b)
+    return add(a, mul(b, -1))
+
+
+def div(a, b):
+    """a / b, with broadcasting."""
+    a, b = as_pair(a, b)
+    return mul(a, power(b, -1))
+
+
+def power(x, n):
+    """x ** n for a constant number n."""
+    if isinstance(n, Tensor):
+        raise TypeError("power: the exponent must be a plain number, not a Tensor")
+    a, n = x.data, np.asarray(n).item()  # a NumPy scalar would decide the dtype of the result
+    return record(a**n, (x, lambda g: g * (n * a ** (n - 1)) if n else np.zeros_like(g)))
+
+
+def exp(x):
+    """e ** x."""
+    y = np.exp(x.data)
+    return record(y, (x, lambda g: g * y))
+
+
+def log(x):
+    """The natural logarithm."""
+    a = x.data
+    return record(np.log(a), (x, lambda g: g / a))
+
+
+def tanh(x):
+    """The hyperbolic tangent."""
+    y = np.tanh(x.data)
+    return record(y, (x, lambda g: g * (1 - y * y)))
+
+
+def relu(x):
+    """max(x, 0); the gradient at exactly 0 is taken as 0."""
+    on = x.data > 0
+    return record(x.data * on, (x, lambda g: g * on))
+
+
+# ------------------------------------------------------------------ shape
+
+
+def reshape(x, *shape):
+    """The same numbers in another shape; `-1` once for what is left over."""
+    old = x.shape
+    return record(x.data.reshape(*shape), (x, lambda g: g.reshape(old)))
+
+
+def transpose(x, *axes):
+    """The axes in another order; reversed if none is given."""
+    axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
+    back = tuple(np.argsort(axes))
+    return record(x.data.transpose(axes), (x, lambda g: g.transpose(back)))
+
+
+def index(x, key):
+    """x[key] for slices, integers and integer arrays."""
+    old, dtype = x.shape, x.dtype
+
+    def vjp(g):
+        dx = np.zeros(old, dtype)
+        np.add.at(dx, key, g)  # an element taken twice gets both gradients
+        return dx
+
+    return record(x.data[key], (x, vjp))
+
+
+def prepend(rows, x):
+    """`rows` (m, d) put before every sequence of a batch, (B, T, d) to (B, m + T, d)."""
+    m, d = rows.shape
+    if x.ndim != 3 or x.shape[2] != d:
+        raise shape_error("prepend", rows.shape, x.shape, "expected (m, d) and (B, T, d)")
+    front = np.broadcast_to(rows.data, (x.shape[0], m, d))
+    value = np.concatenate([front, x.data], axis=1)  # (B, m + T, d)
+    return record(
+        value,
+        (rows, lambda g: g[:, :m].sum(axis=0)),
+        (x, lambda g: g[:, m:]),
+    )
+
+
+def sum(x, axis=None, keepdims=False):
+    """The sum over `axis` (an integer, a tuple, or all)."""
+    old = x.shape
+
+    def vjp(g):
+        if axis is not None and not keepdims:
+            g = np.expand_dims(g, axis)
+        return np.broadcast_to(g, old)
+
+    return record(x.data.sum(axis=axis, keepdims=keepdims), (x, vjp))
+
+
+def mean(x, axis=None, keepdims=False):
+    """The mean over `axis`."""
+    total = sum(x, axis, keepdims)
+    return mul(total, total.size / x.size)
+
+
+# ------------------------------------------------------------------ matrix products
+
+
+def matmul(a, b):
+    """a @ b for matrices, or for stacks of matrices with broadcasting: (…, m, k) @ (…, k, n)."""
+    a, b = as_pair(a, b)
+    xa, xb = a.data, b.data
+    if xa.ndim < 2 or xb.ndim < 2 or xa.shape[-1] != xb.shape[-2]:
+        raise shape_error("matmul", a.shape, b.shape, "expected (…, m, k) and (…, k, n)")
+    sa, sb = a.shape, b.shape
+    return record(
+        gemm(xa, xb),  # (…, m, n)
+        (a, lambda g: _unbroadcast(gemm(g, xb.swapaxes(-1, -2)), sa)),
+        (b, lambda g: _unbroadcast(gemm(xa.swapaxes(-1, -2), g), sb)),
+    )
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias, as one 2-D matrix product each way.
+
+    Args:
+        x: (…, d_in). weight: (d_out, d_in). bias: (d_out,) or None.
+
+    Returns:
+        (…, d_out).
+    """
+    d_out, d_in = weight.shape
+    if x.shape[-1] != d_in:
+        raise shape_error("linear", x.shape, weight.shape, "expected (…, d_in) and (d_out, d_in)")
+    if bias is not None and bias.shape != (d_out,):
+        raise shape_error("linear", weight.shape, bias.shape, "expected (d_out, d_in) and (d_out,)")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"linear: x is {x.dtype} and weight {weight.dtype}; convert one first")
+    old, w = x.shape, weight.data
+    x2 = x.data.reshape(-1, d_in)  # (…, d_in) -> (N, d_in)
+    y = gemm(x2, w.T)  # (N, d_in) @ (d_in, d_out) -> (N, d_out)
+    if bias is not None:
+        y += bias.data
+    edges = [
+        (x, lambda g: gemm(g.reshape(-1, d_out), w).reshape(old)),
+        (weight, lambda g: gemm(g.reshape(-1, d_out).T, x2)),
+    ]
+    if bias is not None:
+        edges.append((bias, lambda g: g.reshape(-1, d_out).sum(axis=0)))
+    return record(y.reshape(*old[:-1], d_out), *edges)
+
+
+def embedding(weight, ids):
+    """Row `ids` of `weight`: (V, d) and integers (…) to (…, d)."""
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"embedding: ids have dtype {ids.dtype}; expected integers")
+    v, d = weight.shape
+    if ids.size and (ids.min() < 0 or ids.max() >= v):
+        raise IndexError(
+            f"embedding: ids run from {ids.min()} to {ids.max()}; expected 0 to {v - 1}"
+        )
+
+    def vjp(g):
+        # Sorted, equal ids stand together, so each row's gradient is one sum over a run.
+        order = np.argsort(ids, axis=None, kind="stable")
+        rows, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+        dw = np.zeros((v, d), g.dtype)
+        dw[rows] = np.add.reduceat(g.reshape(-1, d)[order], starts, axis=0)
+        return dw
+
+    return record(weight.data[ids], (weight, vjp))

@@ -1,0 +1,205 @@
+"""The hot path, fused by hand: one node each, with only what its backward pass needs."""
+
+import numpy as np
+
+from ..tensor import record
+from .basic import gemm, mul, once, shape_error
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Each row of x to mean 0 and variance 1, then times `weight` plus `bias`.
+
+    Args:
+        x: (…, d). weight, bias: (d,). eps: added to the variance.
+
+    Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450, section 3.1.
+    """
+    d, w = x.shape[-1], weight.data
+    if weight.shape != (d,) or bias.shape != (d,):
+        raise ValueError(
+            f"layer_norm: x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; "
+            "expected (…, d), (d,) and (d,)"
+        )
+    old = x.shape
+    xhat = x.data.reshape(-1, d)  # (…, d) -> (N, d)
+    xhat = xhat - _row_mean(xhat)
+    rstd = 1 / np.sqrt(_row_dot(xhat, xhat) / d + x.dtype.type(eps))  # (N, 1)
+    xhat *= rstd
+    y = xhat * w
+    y += bias.data
+
+    def vjp_x(g):
+        # What moves the row's mean or its length is projected out; the rest is scaled by rstd.
+        dx = g.reshape(-1, d) * w
+        along = _row_dot(dx, xhat) / d
+        dx -= _row_mean(dx)
+        dx -= xhat * along
+        dx *= rstd
+        return dx.reshape(old)
+
+    return record(
+        y.reshape(old),
+        (x, vjp_x),
+        (weight, lambda g: np.einsum("nd,nd->d", g.reshape(-1, d), xhat)),
+        (bias, lambda g: g.reshape(-1, d).sum(axis=0)),
+    )
+
+
+def _row_dot(a, b):
+    return np.einsum("nd,nd->n", a, b)[:, None]  # (N, d), (N, d) -> (N, 1)
+
+
+def _row_mean(a):
+    return a.mean(axis=1, keepdims=True)  # (N, d) -> (N, 1)
+
+
+GELU_BLOCK = 2**15  # elements; a few arrays of this many floats stay in a core's own cache
+
+
+def gelu(x):
+    """x · Φ(x) in the tanh form, written with the logistic function: x · σ(2u).
+
+    With u = √(2/π)(x + .044715x³), ½(1 + tanh u) = σ(2u), and exp is cheaper than tanh.
+    Worked in blocks that stay in cache, and the slope is found on the way, so that only the
+    slope is kept and not x.
+
+    Source: Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2.
+    """
+    flat = x.data.reshape(-1)
+    one, a = x.dtype.type(2 * np.sqrt(2 / np.pi)), x.dtype.type(2 * np.sqrt(2 / np.pi) * 0.044715)
+    y = np.empty_like(flat)
+    slope = np.empty_like(flat) if x.requires_grad else None
+    size = min(GELU_BLOCK, len(flat))
+    u_buffer, s_buffer = np.empty(size, x.dtype), np.empty(size, x.dtype)
+    with np.errstate(over="ignore"):  # exp to inf is right: σ is then exactly 0
+        for start in range(0, len(flat), GELU_BLOCK):
+            block = slice(start, start + GELU_BLOCK)
+            xb, yb = flat[block], y[block]
+            u, s = u_buffer[: len(xb)], s_buffer[: len(xb)]
+            np.multiply(xb, xb, out=u)
+            np.multiply(u, -a, out=s)
+            s -= one
+            s *= xb  # -2u
+            np.exp(s, out=s)
+            s += 1
+            np.divide(1, s, out=s)  # σ(2u)
+            np.multiply(xb, s, out=yb)
+            if slope is not None:  # σ + x σ (1 - σ) · d(2u)/dx
+                db = slope[block]
+                u *= 3 * a
+                u += one
+                u *= yb
+                np.subtract(1, s, out=db)
+                db *= u
+                db += s
+    old = x.shape
+    return record(y.reshape(old), (x, lambda g: (g.reshape(-1) * slope).reshape(old)))
+
+
+def _softmax_rows(z):
+    """The softmax of the last axis, in place."""
+    z -= z.max(axis=-1, keepdims=True)  # no overflow, and the same result
+    np.exp(z, out=z)
+    z /= z.sum(axis=-1, keepdims=True)
+    return z
+
+
+def softmax(x):
+    """exp(x) over its sum along the last axis."""
+    p = _softmax_rows(x.data.copy())
+    return record(p, (x, lambda g: _softmax_vjp(p, g)))
+
+
+def _softmax_vjp(p, g):
+    dz = g - np.einsum("...i,...i->...", g, p)[..., None]
+    dz *= p
+    return dz
+
+
+def cross_entropy(logits, targets, ignore_index=-100):
+    """The mean of -ln softmax(logits)[target] over the targets that count.
+
+    Args:
+        logits: (…, V). targets: integers (…); those equal to `ignore_index` do not count.
+
+    Returns:
+        A scalar, in nats.
+    """
+    targets = np.asarray(targets)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"cross_entropy: targets have dtype {targets.dtype}; expected integers")
+    if targets.shape != logits.shape[:-1]:
+        raise shape_error("cross_entropy", logits.shape, targets.shape, "expected (…, V) and (…)")
+    old, v = logits.shape, logits.shape[-1]
+    rows = np.flatnonzero(targets != ignore_index)
+    hit = targets.reshape(-1)[rows]
+    if len(rows) == 0:
+        raise ValueError("cross_entropy: every target is ignored, so there is no loss")
+    if hit.min() < 0 or hit.max() >= v:
+        raise IndexError(f"cross_entropy: targets run from {hit.min()} to {hit.max()}, V is {v}")
+    z = logits.data.reshape(-1, v)[rows]  # (…, V) -> (M, V), M targets that count
+    z -= z.max(axis=-1, keepdims=True)
+    at_hit = z[np.arange(len(rows)), hit]
+    np.exp(z, out=z)
+    total = z.sum(axis=-1, keepdims=True)
+    value = (np.log(total[:, 0]) - at_hit).mean()
+
+    def vjp(g):
+        p = z / total
+        p[np.arange(len(rows)), hit] -= 1
+        p *= g / len(rows)
+        dlogits = np.zeros((int(np.prod(old[:-1])), v), p.dtype)
+        dlogits[rows] = p
+        return dlogits.reshape(old)
+
+    return record(value, (logits, vjp))
+
+
+def attention(q, k, v, causal=True):
+    """softmax(q kᵀ / √d_head) v for every batch and head at once.
+
+    Args:
+        q: (…, T, d_head). k, v: (…, S, d_head), S ≥ T if causal.
+        causal: query i sees key j only if j ≤ i + S - T: the last query sees every key, and
+            keys put before the others (a prefix, a cache) are seen by all.
+
+    Returns:
+        (…, T, d_head).
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1.
+    """
+    if q.shape[-1] != k.shape[-1] or k.shape != v.shape:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
+    xq, xk, xv = q.data, k.data, v.data
+    scale = 1 / xq.shape[-1] ** 0.5
+    p = gemm(xq, xk.swapaxes(-1, -2))  # (…, T, d_head) @ (…, d_head, S) -> (…, T, S)
+    p *= scale
+    if causal:
+        p += causal_mask(*p.shape[-2:], p.dtype)
+    _softmax_rows(p)
+
+    @once
+    def scores_vjp(g):
+        ds = _softmax_vjp(p, gemm(g, xv.swapaxes(-1, -2)))  # (…, T, S)
+        ds *= scale
+        return ds
+
+    return record(
+        gemm(p, xv),  # (…, T, S) @ (…, S, d_head) -> (…, T, d_head)
+        (q, lambda g: gemm(scores_vjp(g), xk)),
+        (k, lambda g: gemm(scores_vjp(g).swapaxes(-1, -2), xq)),
+        (v, lambda g: gemm(p.swapaxes(-1, -2), g)),
+    )
+
+
+def causal_mask(t, s, dtype=np.float64):
+    """(t, s): 0 where query i may see key j, that is j ≤ i + s - t, and -inf elsewhere."""
+    if s < t:
+        raise ValueError(f"causal attention: {s} keys for {t} queries; expected at least as many")
+    return np.triu(np.full((t, s), -np.inf, dtype), s - t + 1)
+
+
+def dropout(x, p, rng):
+    """Zero each element with probability `p` and divide the others by 1 - p."""
+    keep = (rng.random(x.shape) >= p) / x.dtype.type(1 - p)
+    return mul(x, keep)
