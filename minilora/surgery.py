@@ -145,6 +145,7 @@ def detach(model):
     Returns:
         The adapter: the wrappers by name. `attach` puts it back. Several adapters can be kept
         for one model in a dictionary of yours; they share the base and hold no copy of it.
+        What was trained outside the wrappers, such as biases or norms, stays as it is.
     """
     adapter = wrappers(model)
     for name, wrapper in adapter.items():
