@@ -151,7 +151,7 @@ def best_rates(rows):
     return {at: lr for at, (_, lr) in best.items()}
 
 
-def measured(rows, best):
+def measured(best):
     """The runs that count, as arguments of `run`: five seeds at the best rate."""
     return [(*at, lr, seed) for at, lr in best.items() for seed in SEEDS]
 
@@ -210,7 +210,7 @@ def main(argv=None):
         best = {
             at: lr for at, lr in best_rates(rows).items() if at[0] in names and at[1] in methods
         }
-        work(measured(rows, best), rows, args.out, args.jobs, "five seeds")
+        work(measured(best), rows, args.out, args.jobs, "five seeds")
     except KeyboardInterrupt:
         print(f"\nstopped; {len(rows)} runs are in {args.out}: the same command goes on from there")
         return 130

@@ -155,8 +155,8 @@ def prefix(model, m=4, *, hidden=None, rng):
 
 def fold(model):
     """Replace every prefix that comes from an MLP by the keys and values that it computes."""
-    fresh = replace(model, "*", lambda p: p.folded() if p.hidden else p, kind=Prefix)
-    return fresh and model
+    replace(model, "*", lambda p: p.folded() if p.hidden else p, kind=Prefix)
+    return model
 
 
 class Prompt(Wrapper):
