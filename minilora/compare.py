@@ -7,6 +7,7 @@ at once, so that Ctrl-C loses only the run that is under way and the next call g
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -181,7 +182,8 @@ def work(todo, rows, path, jobs, label):
     """Do the runs that are not in `rows`, `jobs` at a time, and write each when it is finished."""
     done = {key(row) for row in rows}
     todo = [args for args in todo if args not in done]
-    with ProcessPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc=label) as bar:
+    fresh = multiprocessing.get_context("spawn")  # a forked process keeps the threads of this one
+    with ProcessPoolExecutor(jobs, fresh) as pool, tqdm(total=len(todo), desc=label) as bar:
         try:
             for future in as_completed([pool.submit(run, *args) for args in todo]):
                 rows.append(future.result())

@@ -31,8 +31,8 @@ def brief(monkeypatch):
 class Here:
     """Stands in for a pool of processes: does the work at once."""
 
-    def __init__(self, jobs):
-        assert jobs >= 1
+    def __init__(self, jobs, context):
+        assert jobs >= 1 and context.get_start_method() == "spawn"
 
     def __enter__(self):
         return self
