@@ -48,16 +48,18 @@ def _lora(model, r, rng, **kwargs):
 
 RATES, SOFT = (3e-3, 1e-2, 2e-2, 4e-2), (1e-2, 3e-2, 1e-1, 3e-1)
 METHODS = {
-    "full": Method(lambda m, _, rng: peft.full(m), (None,), (5e-4, 1e-3, 2e-3, 4e-3)),
+    "full": Method(lambda m, _, rng: peft.full(m), (None,), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     "lora": Method(_lora, (1, 4, 16), RATES),
     "lora q,v": Method(lambda m, r, rng: peft.lora(m, r, rng=rng), (4, 16, 64), RATES),
     "rslora": Method(lambda m, r, rng: _lora(m, r, rng, rslora=True), (1, 4, 16), RATES),
     "lora+": Method(
-        _lora, (1, 4, 16), (1e-3, 2e-3, 4e-3, 8e-3), lambda m, lr: peft.lora_plus(m, lr, 8)
+        _lora, (1, 4, 16), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), lambda m, lr: peft.lora_plus(m, lr, 8)
     ),
-    "dora": Method(lambda m, r, rng: _lora(m, r, rng, variant=peft.DoRA), (1, 4, 16), RATES),
+    "dora": Method(
+        lambda m, r, rng: _lora(m, r, rng, variant=peft.DoRA), (1, 4, 16), (*RATES, 8e-2)
+    ),
     "pissa": Method(
-        lambda m, r, rng: _lora(m, r, rng, variant=peft.PiSSA), (1, 4, 16), (1e-3, *RATES[:3])
+        lambda m, r, rng: _lora(m, r, rng, variant=peft.PiSSA), (1, 4, 16), (1e-3, *RATES)
     ),
     "adapter": Method(lambda m, r, rng: peft.adapter(m, r, rng=rng), (4, 17, 70), RATES),
     "adapter, 1 a block": Method(
