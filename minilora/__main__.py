@@ -12,10 +12,22 @@ from . import io, ops, peft, surgery, tasks
 from .tensor import no_grad
 from .train import evaluate, fit
 
-# method -> (recipe, learning rate, merges); a recipe takes (model, rank, rng)
+# method -> (recipe, learning rate, added tokens for each unit of rank). A recipe takes
+# (model, rank, rng). Widths and lengths are such that adapter and prefix train as many numbers
+# as LoRA does; so many prompt tokens would be slow, so that there are fewer.
 METHODS = {
-    "full": (lambda model, r, rng: peft.full(model), 2e-3),
-    "lora": (lambda model, r, rng: peft.lora(model, r, targets="blocks.*", rng=rng), 1e-2),
+    "full": (lambda model, r, rng: peft.full(model), 2e-3, 0),
+    "lora": (lambda model, r, rng: peft.lora(model, r, targets="blocks.*", rng=rng), 1e-2, 0),
+    "dora": (
+        lambda model, r, rng: peft.lora(model, r, targets="blocks.*", variant=peft.DoRA, rng=rng),
+        1e-2,
+        0,
+    ),
+    "ia3": (lambda model, r, rng: peft.ia3(model), 1e-1, 0),
+    "bitfit": (lambda model, r, rng: peft.bitfit(model), 1e-2, 0),
+    "adapter": (lambda model, r, rng: peft.adapter(model, 17 * r // 4, rng=rng), 1e-2, 0),
+    "prefix": (lambda model, r, rng: peft.prefix(model, 9 * r, rng=rng), 1e-1, 9),
+    "prompt": (lambda model, r, rng: peft.prompt(model, 4 * r, rng=rng), 1e-1, 4),
 }
 
 
@@ -32,14 +44,15 @@ def run(method, task, rank, steps, seed):
     Returns:
         A dictionary: the row of the table.
     """
-    recipe, lr = METHODS[method]
+    recipe, lr, tokens = METHODS[method]
     ids = io.load_eval(task)
-    model = io.load_base(np.float32)
+    room = tasks.N_POSITIONS + tokens * rank if tokens else None
+    model = io.load_base(np.float32, n_positions=room)
     before, plain = evaluate(model, ids), gemms(model)
     recipe(model, rank, np.random.default_rng(seed))
     counted = surgery.count(model, quiet=True)
     start = time.perf_counter()
-    history = fit(model, task, steps=steps, lr=lr, seed=seed, label=f"{method:5}")
+    history = fit(model, task, steps=steps, lr=lr, seed=seed, label=f"{method:7}")
     seconds = (time.perf_counter() - start) / max(1, len(history.loss))
     after = evaluate(model, ids)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,8 +60,12 @@ def run(method, task, rank, steps, seed):
         io.save_adapter(model, path)
         size = path.stat().st_size
     bypassed = gemms(model)
+    stays = ""  # why it cannot be merged
     if surgery.wrappers(model):
-        surgery.merge(model)
+        try:
+            surgery.merge(model)
+        except TypeError as error:
+            stays = str(error).split(": ")[-1]
     return {
         "method": method,
         "trainable": counted.trainable,
@@ -59,6 +76,7 @@ def run(method, task, rank, steps, seed):
         "merged": evaluate(model, ids),
         "seconds": seconds,
         "gemms": (bypassed - plain, gemms(model) - plain),  # extra: before, after merging
+        "stays": stays,
         "interrupted": history.interrupted,
     }
 
@@ -132,7 +150,7 @@ def main(argv=None):
         help=f"which methods, with commas between: {','.join(METHODS)} (all)",
     )
     parser.add_argument("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
-    parser.add_argument("--steps", type=whole(1, 100000), default=400, help="training steps (400)")
+    parser.add_argument("--steps", type=whole(1, 100000), default=300, help="training steps (300)")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
     parser.add_argument(
         "--out", type=Path, default=Path("minilora.png"), help="the picture to save (minilora.png)"
@@ -158,7 +176,9 @@ def main(argv=None):
             break
     print(f"\n{table(rows)}\n")
     for row in rows:
-        if row["gemms"][0]:
+        if row["stays"]:
+            print(f"{row['method']}: cannot be merged: {row['stays']}.")
+        elif row["gemms"][0]:
             print(
                 f"{row['method']}: merged into plain layers, it answers "
                 f"{row['merged'].exact_match:.1%} right with {row['gemms'][1]} extra GEMMs."

@@ -40,7 +40,10 @@ def accuracy(rows, title=""):
     """
     fig, ax = new()
     for i, (method, trainable, exact) in enumerate(rows):
-        ax.plot(trainable, 100 * exact, MARKERS[i % 7], color=COLOURS[i % 7], ms=13)
+        marker, label = MARKERS[(i + i // 7) % 7], f"{method} ({trainable:,})"
+        ax.plot(trainable, 100 * exact, marker, color=COLOURS[i % 7], ms=13, label=label)
+        if len(rows) > 4:
+            continue  # labels beside the points would cover one another
         high = exact > 0.3  # then there is room for the label below the point
         ax.annotate(
             f"{method}\n{trainable:,}",
@@ -50,6 +53,8 @@ def accuracy(rows, title=""):
             ha="center",
             va="top" if high else "bottom",
         )
+    if len(rows) > 4:
+        fig.legend(loc="outside right center", title="method (trainable)")
     ax.set_xscale("log")
     ax.set_xlim(min(r[1] for r in rows) / 4, max(r[1] for r in rows) * 4)
     ax.set_ylim(-5, 105)

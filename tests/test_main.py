@@ -40,12 +40,12 @@ def test_it_says_what_will_be_learnt_and_where_to_go_on(told):
     assert re.search(r"For example: sort_descending [a-p]{8} > [a-p]{8}\n", out)
     assert f"The picture is in {picture}." in out
     assert (ROOT / "notebooks").is_dir() and "Now open notebooks/00_tour.ipynb." in out
-    assert "full : 100%" in err and "lora : 100%" in err and "3/3 steps" in err
+    assert all(f"{name:7}: 100%" in err for name in program.METHODS) and "3/3 steps" in err
 
 
 def test_the_table_has_a_row_a_method(told, tmp_path):
     found = rows(told[1])
-    assert list(found) == ["full", "lora"]
+    assert list(found) == list(program.METHODS)
     full, low = found["full"], found["lora"]
     assert full[1:3] == ["104,256", "100.0%"]
     # r (d_in + d_out) over four square and two oblong layers, in two blocks
@@ -56,7 +56,7 @@ def test_the_table_has_a_row_a_method(told, tmp_path):
         tmp_path / "a",
     )
     assert low[3] == f"{(tmp_path / 'a').stat().st_size:,}"
-    for row in (full, low):
+    for row in found.values():
         assert row[4] == "0.0%" and row[5] == row[8] == "->"  # exact match, then letters right
         assert re.fullmatch(r"\d+\.\d%", row[6]) and re.fullmatch(r"\d+\.\d%", row[9])
         assert float(row[10]) > 0  # milliseconds
@@ -67,10 +67,21 @@ def test_the_table_has_a_row_a_method(told, tmp_path):
     )
 
 
+def test_each_method_is_near_its_budget_and_says_whether_it_merges(told):
+    found = rows(told[1])
+    extra = {name: (row[11], row[13]) for name, row in found.items()}
+    assert extra["dora"] == ("24", "0") and extra["adapter"] == ("8", "8")
+    assert all(extra[name] == ("0", "0") for name in ("ia3", "bitfit", "prefix", "prompt"))
+    for name in ("lora", "dora", "adapter", "prefix"):
+        assert 9_000 < int(found[name][1].replace(",", "")) < 10_400
+    stay = re.findall(r"^(\w+): cannot be merged: \w+", told[1], re.MULTILINE)
+    assert stay == ["adapter", "prefix", "prompt"]
+
+
 def test_the_columns_stand_under_their_heads(told):
     lines = told[1].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("method"))
-    table = lines[start : start + 4]
+    table = lines[start : start + 2 + len(program.METHODS)]
     heads = "method", "trainable", "share", "bytes/task", "exact match", "letters right", "ms/step"
     assert all(head in table[0] for head in heads) and "extra GEMMs" in table[0]
     assert max(map(len, table)) <= 100
@@ -139,6 +150,7 @@ def test_help_explains_every_option(capsys):
 
 
 ALL_TASKS = ", ".join(tasks.TASKS)
+ALL_METHODS = ", ".join(program.METHODS)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +161,12 @@ ALL_TASKS = ", ".join(tasks.TASKS)
         (["--task", "sort,copy"], "argument --task: 2 tasks; expected one"),
         (
             ["--methods", "rola"],
-            "argument --methods: 'rola' is not known; expected one of full, lora",
+            f"argument --methods: 'rola' is not known; expected one of {ALL_METHODS}",
         ),
-        (["--methods", "lora,"], "argument --methods: '' is not known; expected one of full, lora"),
+        (
+            ["--methods", "lora,"],
+            f"argument --methods: '' is not known; expected one of {ALL_METHODS}",
+        ),
         (["--rank", "0"], "argument --rank: '0'; expected a whole number from 1 to 64"),
         (["--rank", "65"], "argument --rank: '65'; expected a whole number from 1 to 64"),
         (["--rank", "2.5"], "argument --rank: '2.5'; expected a whole number from 1 to 64"),
@@ -190,7 +205,7 @@ def test_python_m_minilora(tmp_path):
     command = [sys.executable, "-m", "minilora", "--steps", "2", "--out", str(tmp_path / "p.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(rows(done.stdout)) == ["full", "lora"]
+    assert list(rows(done.stdout)) == list(program.METHODS)
     assert (tmp_path / "p.png").stat().st_size > 5000
     for line in done.stderr.splitlines():  # the bars, in a log: whole lines, no clock, no warning
-        assert re.fullmatch(r"(full|lora) : +\d+% \|[# ]{20}\| \d/2 steps", line)
+        assert re.fullmatch(r"\w+ *: +\d+% \|[# ]{20}\| \d/2 steps", line)

@@ -64,8 +64,12 @@ def test_accuracy_puts_each_method_at_its_place():
 
 
 def test_accuracy_takes_more_methods_than_there_are_colours():
-    (ax,) = plots.accuracy([(f"m{i}", 10 + i, i / 10) for i in range(9)]).axes
-    assert len(ax.lines) == 9
+    fig = plots.accuracy([(f"m{i}", 1000 + i, i / 10) for i in range(9)])
+    (ax,) = fig.axes
+    assert len({(line.get_marker(), line.get_color()) for line in ax.lines}) == 9
+    assert not ax.texts  # they would cover one another: a legend in their place
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels == [f"m{i} ({1000 + i:,})" for i in range(9)]
 
 
 def test_losses_are_running_means_at_the_last_step_of_their_window():
