@@ -107,17 +107,23 @@ def wrappers(model):
     return found
 
 
-def merge(model):
+def merge(model, requantise=None):
     """Fold every wrapper into the layer it wraps: plain layers again, at no extra cost.
 
     `wrapper.merged()` makes a new layer; the old one is not written to, so nothing can be
     merged twice.
 
+    Args:
+        model: changed in place.
+        requantise: must be said if the base is quantised: `False` for plain layers, `True` for
+            layers quantised as the base was.
+
     Returns:
-        The model, changed in place.
+        The model.
 
     Raises:
-        ValueError: if there is nothing to merge, or a merged weight would not be finite.
+        ValueError: if there is nothing to merge, if a merged weight would not be finite, or if
+            `requantise` is missing where it is needed, or given where nothing is quantised.
         TypeError: if a wrapper cannot be merged; the message says which and why.
         In each case the model is left as it was.
     """
@@ -128,10 +134,13 @@ def merge(model):
         if not hasattr(wrapper, "merged"):
             why = getattr(wrapper, "why_not_merged", "it has no merged()")
             raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
+    quantised = {name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")}
+    if requantise is not None and not quantised:
+        raise ValueError(f"merge: requantise is {requantise!r}, but no layer here is quantised")
     fresh = {}
     for name, wrapper in found.items():
         try:
-            fresh[name] = wrapper.merged()
+            fresh[name] = wrapper.merged(requantise) if name in quantised else wrapper.merged()
         except ValueError as error:
             raise ValueError(f"merge: {name}: {error}") from error
     for name, module in fresh.items():

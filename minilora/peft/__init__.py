@@ -16,6 +16,7 @@ n is `n_positions`: an input may have at most n - m tokens.
 
 from .adapters import Adapter, Prefix, Prompt, WithoutPrompt, adapter, fold, prefix, prompt
 from .lora import DoRA, LoRA, LoRAEmbedding, PiSSA, lora, lora_plus
+from .many import Many, choose, combine, many
 from .scales import IA3, bitfit, full, ia3
 
 # what a file may ask for

@@ -78,14 +78,19 @@ class LoRA(Wrapper):
         """The weight that the layer acts with, base and bypass together."""
         return self.base.dense() + self.delta()
 
-    def merged(self):
-        """A new plain `Linear` that computes the same, without the bypass.
+    def merged(self, requantise=None):
+        """A new layer that computes the same, without the bypass: a plain `Linear`.
+
+        Args:
+            requantise: only for a base that is quantised, where it must be said: `False` for a
+                plain layer, `True` for one with the settings of the base, which rounds the
+                update away where it is small against the step of the grid.
 
         Raises:
-            ValueError: if the merged weight is not finite.
+            ValueError: if the merged weight is not finite, or `requantise` is not said.
         """
         bias = None if self.base.bias is None else self.base.bias.data.copy()
-        return like(self.base, Linear.of(finite(self.dense()), bias))
+        return merged_onto(self.base, finite(self.dense()), bias, requantise)
 
     def _dropped(self, x):
         return ops.dropout(x, self.dropout, self.rng) if self.training and self.dropout else x
@@ -203,10 +208,21 @@ def finite(weight):
 
 
 def like(base, layer):
-    """`layer`, frozen where `base` is."""
+    """`layer`, frozen where `base` is; a base without that parameter counts as frozen."""
     for name, p in layer.named_parameters():
-        p.requires_grad = getattr(base, name).requires_grad
+        p.requires_grad = getattr(getattr(base, name, None), "requires_grad", False)
     return layer
+
+
+def merged_onto(base, weight, bias, requantise):
+    """A new layer of this weight and bias in place of `base`: plain, or quantised as it was."""
+    if requantise is None and hasattr(base, "requantised"):
+        raise ValueError(
+            "the base is quantised; say requantise=False for a plain layer, or requantise=True for "
+            "a quantised one, which loses what is small against the step of its grid"
+        )
+    layer = like(base, Linear.of(weight, bias))
+    return base.requantised(layer) if requantise else layer
 
 
 def check_plain(model):
@@ -250,9 +266,10 @@ def lora(
     tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
 
     def wrap(layer):
-        if id(layer.weight) in tied:
+        weight = id(getattr(layer, "weight", None))  # a compressed layer has none
+        if weight in tied:
             raise ValueError(
-                f"the weight of {layer!r} is tied: {' and '.join(tied[id(layer.weight)])} are one "
+                f"the weight of {layer!r} is tied: {' and '.join(tied[weight])} are one "
                 "parameter, so merging a bypass on one side would move the other; leave it out of "
                 "targets, or untie it"
             )

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..nn import Linear, Parameter
 from ..surgery import Wrapper, freeze, replace, unfreeze
-from .lora import check_plain, finite, like
+from .lora import check_plain, finite, merged_onto
 
 
 def full(model):
@@ -50,16 +50,16 @@ class IA3(Wrapper):
         scale = self.scale.data
         return self.base.dense() * (scale[:, None] if self.side == "out" else scale)
 
-    def merged(self):
-        """A new plain `Linear` that computes the same.
+    def merged(self, requantise=None):
+        """A new layer that computes the same; `requantise` is as for `LoRA.merged`.
 
         Raises:
-            ValueError: if the merged weight is not finite.
+            ValueError: if the merged weight is not finite, or `requantise` is not said.
         """
         bias = None if self.base.bias is None else self.base.bias.data.copy()
         if bias is not None and self.side == "out":
             bias *= self.scale.data
-        return like(self.base, Linear.of(finite(self.dense()), bias))
+        return merged_onto(self.base, finite(self.dense()), bias, requantise)
 
     def forward(self, x):
         if self.side == "out":

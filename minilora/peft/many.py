@@ -1,0 +1,156 @@
+"""Many LoRA adapters on one base: sums of them, and a batch in which each sample has its own."""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from .. import ops
+from ..surgery import Wrapper, put, wrappers
+from ..tensor import Tensor
+from .lora import LoRA, check_plain, is_whole
+
+
+def _checked(adapters):
+    """The adapters as a list, if they are plain LoRA on the layers of one base."""
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("adapters is empty; expected one or more, as detach gives them")
+    bases = {}
+    for adapter in adapters:
+        for name, wrapper in adapter.items():
+            if type(wrapper) is not LoRA:
+                raise TypeError(f"the adapter at {name} is a {type(wrapper).__name__}; need LoRA")
+            if bases.setdefault(name, wrapper.base) is not wrapper.base:
+                raise ValueError(f"the adapters wrap two different layers at {name}; need one base")
+    return adapters, bases
+
+
+def combine(adapters, weights, r=None):
+    """One adapter whose update is the weighted sum Σ wᵢ sᵢ Bᵢ Aᵢ of the updates of several.
+
+    The stacked factors [w₁s₁B₁ w₂s₂B₂ …] and [A₁; A₂; …] have this product, and rank up to Σ rᵢ.
+    (Adding up the A's and the B's instead would give cross terms Bᵢ Aⱼ.) Their QR factors bring
+    it down to a small SVD, so that no weight-sized matrix is ever formed.
+
+    Args:
+        adapters: what `detach` returned, one or more; a layer that some of them leave out counts
+            as zero there.
+        weights: a number for each.
+        r: the rank of the result: the best approximation of that rank (Eckart & Young 1936). If
+            not given, as high as the sum needs, up to the smaller side of the layer: exact.
+
+    Returns:
+        An adapter for `attach`. Its `scaling` is 1.
+
+    Raises:
+        TypeError: if one of them is not plain LoRA.
+        ValueError: if they are of different bases, if `weights` does not fit, or for a bad `r`.
+    """
+    adapters, bases = _checked(adapters)
+    weights = [float(w) for w in weights]
+    if len(weights) != len(adapters) or not np.isfinite(weights).all():
+        raise ValueError(f"weights is {weights}; expected {len(adapters)} finite numbers")
+    if r is not None and (not is_whole(r) or r < 1):
+        raise ValueError(f"r is {r!r}; expected a whole number, 1 or more, or None")
+    combined = {}
+    for name, base in bases.items():
+        parts = [(w, a[name]) for w, a in zip(weights, adapters, strict=True) if name in a]
+        left = np.concatenate([w * p.scaling * p.B.data for w, p in parts], axis=1)  # (d_out, Σr)
+        right = np.concatenate([p.A.data for _, p in parts])  # (Σr, d_in)
+        qb, rb = np.linalg.qr(left)  # (d_out, k), (k, Σr)
+        qa, ra = np.linalg.qr(right.T)  # (d_in, l), (l, Σr)
+        u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)  # (k, l) -> (k, n), (n,), (n, l)
+        rank = min(len(s), len(s) if r is None else int(r))
+        root = np.sqrt(s[:rank]).astype(left.dtype)
+        combined[name] = new = LoRA(base, rank, float(rank), rng=np.random.default_rng(0))
+        new.B.data[...] = (qb @ u[:, :rank]) * root  # (d_out, rank)
+        new.A.data[...] = root[:, None] * (vt[:rank] @ qa.T)  # (rank, d_in)
+    return combined
+
+
+class Many(Wrapper):
+    """A linear layer with several frozen bypasses, of which each sample of a batch takes one.
+
+    y[b] = W x[b] + bias + sᵢ Bᵢ Aᵢ x[b] with i = which[b]. The factors are stacked, (n, r, d_in)
+    and (n, d_out, r), lower ranks filled up with zeros, and gathered by sample: one batched
+    product serves all. The last of the stack is zero: the bare base.
+
+    Args:
+        base: a linear layer.
+        bypasses: the name of each adapter to its `LoRA` here, or to None.
+
+    Source: the idea of serving many adapters in one batch: Chen et al. 2023 (Punica),
+    arXiv 2310.18547.
+    """
+
+    why_not_merged = "it holds several adapters; attach one of them and merge that"
+
+    def __init__(self, base, bypasses):
+        self.base, self.names, self.which = base, [*bypasses, None], None
+        n, r = len(self.names), max(p.r for p in bypasses.values() if p is not None)
+        dtype = base.dense().dtype
+        self.A = np.zeros((n, r, base.d_in), dtype)
+        self.B = np.zeros((n, base.d_out, r), dtype)
+        for i, p in enumerate(bypasses.values()):
+            if p is not None:
+                self.A[i, : p.r], self.B[i, :, : p.r] = p.A.data, p.scaling * p.B.data
+
+    def forward(self, x):
+        if self.which is None or len(self.which) != x.shape[0]:
+            found = "none" if self.which is None else len(self.which)
+            raise ValueError(
+                f"a batch of {x.shape[0]}, and adapters chosen for {found}; run it inside "
+                "`with choose(model, names)`, with a name for each sample"
+            )
+        a, b = self.A[self.which], self.B[self.which]  # (B, r, d_in), (B, d_out, r)
+        h = ops.matmul(x, Tensor(a.transpose(0, 2, 1)))  # (B, T, d_in) -> (B, T, r)
+        return self.base(x) + ops.matmul(h, Tensor(b.transpose(0, 2, 1)))  # -> (B, T, d_out)
+
+
+def many(model, adapters):
+    """Put several LoRA adapters on a model at once, for inference. Returns the model.
+
+    Args:
+        model: a plain model, changed in place; `detach` takes them off again.
+        adapters: names to adapters, as `detach` gave them on this model.
+
+    Use it as `with choose(model, ["sort", None, "sort"]): model(ids)`.
+
+    Raises:
+        TypeError: if one of them is not plain LoRA.
+        ValueError: if the model carries an adapter.
+        LookupError: if an adapter wraps layers of another model. The model is left as it was.
+    """
+    check_plain(model)
+    _, bases = _checked(adapters.values())
+    modules = dict(model.named_modules())
+    for name, base in bases.items():
+        if modules.get(name) is not base:
+            raise LookupError(f"many: the layer at {name} is not the one these adapters wrap")
+    for name, base in bases.items():
+        put(model, name, Many(base, {key: part.get(name) for key, part in adapters.items()}))
+    return model
+
+
+@contextmanager
+def choose(model, names):
+    """Inside this block, sample i of a batch goes through the adapter `names[i]`; None: the base.
+
+    Raises:
+        ValueError: if the model was not made by `many`, or has no adapter of that name.
+    """
+    layers = [w for w in wrappers(model).values() if isinstance(w, Many)]
+    if not layers:
+        raise ValueError("choose: this model does not carry several adapters; see `many`")
+    known = layers[0].names
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"names has {unknown[0]!r}; expected names out of {known}")
+    which = np.array([known.index(name) for name in names], int)  # (B,)
+    for layer in layers:
+        layer.which = which
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.which = None
