@@ -1,0 +1,793 @@
+"""Pruning: which weights go, that masks hold through training, that what is cut out is smaller."""
+
+from itertools import combinations
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import (
+    MLP,
+    Linear,
+    LoRA,
+    Tensor,
+    Transformer,
+    check_vjp,
+    count,
+    detach,
+    fit,
+    freeze,
+    load_model,
+    lora,
+    merge,
+    no_grad,
+    save_model,
+)
+from minilora.compress import (
+    Masked,
+    block_similarity,
+    break_even_sparsity,
+    drop_blocks,
+    from_bitmap,
+    from_indices,
+    magnitude_mask,
+    observe,
+    prune_heads,
+    prune_neurons,
+    rewind,
+    sparsify,
+    to_bitmap,
+    to_indices,
+    wanda_mask,
+)
+from minilora.surgery import replace, wrappers
+
+law = settings(max_examples=60)
+both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+seeds = st.integers(0, 2**32 - 1)
+shares = st.floats(0, 1, exclude_max=True)
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+floats = st.sampled_from([np.float32, np.float64])
+
+IDS = np.random.default_rng(9).integers(7, size=(4, 5))
+D, HEADS, LAYERS = 8, 4, 3
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def small(dtype=np.float64, **changes):
+    """A model in which nothing is zero by chance: biases too."""
+    sizes = {"vocab_size": 7, "n_positions": 5, "n_embd": D, "n_head": HEADS, "n_layer": LAYERS}
+    model = Transformer(**sizes | changes, rng=rng(), dtype=dtype)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data[...] = 0.3 * rng(p.size).standard_normal(p.shape)
+    return model
+
+
+def logits(model):
+    with no_grad():
+        return model(IDS).data
+
+
+def state(model):
+    modules = {name: id(m) for name, m in model.named_modules()}
+    return (
+        modules,
+        str(model.config),
+        [m.n_head for m in attentions(model)],
+        {n: (id(p), p.requires_grad, p.data.tobytes()) for n, p in model.named_parameters()},
+    )
+
+
+def attentions(model):
+    return [m for _, m in model.named_modules() if hasattr(m, "n_head")]
+
+
+def snapshot(model):
+    return {name: p.data.copy() for name, p in model.named_parameters()}
+
+
+def assert_same(got, wanted):
+    """To rounding: a shorter sum adds up in another order."""
+    tolerance = 1e-5 if wanted.dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
+
+
+def draw(generator):
+    ids = generator.integers(7, size=(4, 5))
+    return ids, ids
+
+
+def moments(d, seed=0):
+    x = rng(seed).standard_normal((20, d)) * np.geomspace(0.1, 10, d)
+    return x.T @ x / 20
+
+
+# ------------------------------------------------------------------ masks
+
+
+@law
+@given(shapes, shares, floats, seeds, st.booleans())
+def test_a_mask_has_exactly_so_many_zeros_ties_or_not(shape, sparsity, dtype, seed, ties):
+    w = rng(seed).standard_normal(shape).astype(dtype)
+    w = np.round(w) if ties else w
+    mask = magnitude_mask(w, sparsity)
+    assert mask.dtype == bool and mask.shape == shape
+    assert np.count_nonzero(~mask) == round(sparsity * w.size)
+    mask = wanda_mask(w, moments(shape[1], seed), sparsity)
+    assert (np.count_nonzero(~mask, axis=1) == round(sparsity * shape[1])).all()
+
+
+@law
+@given(shapes, shares, shares, seeds, st.booleans())
+def test_a_higher_sparsity_only_takes_more_away(shape, one, two, seed, ties):
+    w = rng(seed).standard_normal(shape)
+    w, gram = np.round(w) if ties else w, moments(shape[1], seed)
+    low, high = sorted((one, two))
+    assert not (magnitude_mask(w, high) & ~magnitude_mask(w, low)).any()
+    assert not (wanda_mask(w, gram, high) & ~wanda_mask(w, gram, low)).any()
+
+
+def test_of_equals_the_first_go():
+    np.testing.assert_array_equal(magnitude_mask([1, -1, 2, 1, 0], 0.6), [0, 0, 1, 1, 0])
+    mask = wanda_mask(np.ones((2, 4)), np.diag([4.0, 1, 1, 1]), 0.5)
+    np.testing.assert_array_equal(mask, [[1, 0, 0, 1]] * 2)
+
+
+def every_mask(n, zeros):
+    for gone in combinations(range(n), zeros):
+        keep = np.ones(n, bool)
+        keep[list(gone)] = False
+        yield keep
+
+
+@law
+@given(st.integers(1, 3), st.integers(1, 3), shares, seeds)
+def test_no_mask_of_that_size_has_a_smaller_frobenius_error(rows, columns, sparsity, seed):
+    w = rng(seed).standard_normal((rows, columns))
+    mask = magnitude_mask(w, sparsity)
+    masks = every_mask(w.size, np.count_nonzero(~mask))
+    best = min(np.linalg.norm(w.ravel()[~keep]) for keep in masks)
+    assert np.linalg.norm(w * mask - w) == pytest.approx(best, rel=1e-12)
+
+
+@law
+@given(st.integers(1, 6), shares, seeds)
+def test_no_choice_in_a_row_loses_less_of_w_squared_times_c(columns, sparsity, seed):
+    w, gram = rng(seed).standard_normal((3, columns)), moments(columns, seed)
+    mask = wanda_mask(w, gram, sparsity)
+    cost = w**2 * np.diagonal(gram)
+    masks = list(every_mask(columns, round(sparsity * columns)))
+    best = [min(row[~keep].sum() for keep in masks) for row in cost]
+    np.testing.assert_allclose((cost * ~mask).sum(axis=1), best, rtol=1e-12, atol=1e-15)
+
+
+def test_wanda_is_magnitude_in_each_row_if_all_features_are_alike():
+    w = rng().standard_normal((5, 8))
+    by_row = np.stack([magnitude_mask(row, 0.5) for row in w])
+    np.testing.assert_array_equal(wanda_mask(w, 3 * np.eye(8), 0.5), by_row)
+    assert (wanda_mask(w, moments(8), 0.5) != by_row).any()
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 2, np.nan, np.inf, True, False, None, "half"])
+def test_a_sparsity_out_of_range_is_refused(sparsity):
+    message = f"sparsity is {sparsity!r}; expected a share from 0 up to, not at, 1"
+    model = small()
+    before = state(model)
+    for call in (
+        lambda: magnitude_mask(np.ones(3), sparsity),
+        lambda: wanda_mask(np.ones((2, 3)), np.eye(3), sparsity),
+        lambda: sparsify(model, sparsity),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(bad):
+    w = np.ones((2, 3))
+    w[1, 1] = bad
+    with pytest.raises(ValueError, match="w holds a nan or an infinity; expected finite weights"):
+        magnitude_mask(w, 0.5)
+    with pytest.raises(ValueError, match="w holds a nan or an infinity"):
+        wanda_mask(w, np.eye(3), 0.5)
+    for gram in (np.full((3, 3), bad), -np.eye(3)):
+        with pytest.raises(ValueError, match="gram is no mean of x xᵀ; expected finite numbers"):
+            wanda_mask(np.ones((2, 3)), gram, 0.5)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"gram has shape \(2, 2\); expected \(3, 3\)"):
+        wanda_mask(np.ones((2, 3)), np.eye(2), 0.5)
+    with pytest.raises(ValueError, match=r"w has shape \(3,\); expected \(d_out, d_in\)"):
+        wanda_mask(np.ones(3), np.eye(3), 0.5)
+
+
+# ------------------------------------------------------------------ one masked layer
+
+
+def masked(dtype=np.float64, bias=True):
+    base = Linear(6, 5, rng=rng(), bias=bias, dtype=dtype)
+    return Masked(base, magnitude_mask(base.weight.data, 0.5))
+
+
+@both
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_masked_layer_and_its_merged_one_are_the_zeroed_weight(dtype, bias):
+    layer, x = masked(dtype, bias), rng(2).standard_normal((3, 4, 6)).astype(dtype)
+    w = np.where(layer.mask, layer.base.weight.data, 0)
+    np.testing.assert_array_equal(layer.dense(), w)
+    layer.base.weight.requires_grad = False
+    plain = layer.merged()
+    assert type(plain) is Linear and not plain.weight.requires_grad
+    assert not np.shares_memory(plain.weight.data, layer.base.weight.data)
+    np.testing.assert_array_equal(plain.weight.data, w)
+    for y in (layer(Tensor(x)), plain(Tensor(x))):
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(
+            y.data, Linear.of(w, getattr(layer.base.bias, "data", None))(Tensor(x)).data
+        )
+    assert (layer.d_in, layer.d_out, layer.sparsity) == (6, 5, 0.5)
+    assert repr(layer).startswith("Masked(sparsity=0.5, base=Linear(6 -> 5")
+
+
+def test_masked_gradients_agree_with_differences_and_are_zero_where_masked():
+    layer, x = masked(), rng(2).standard_normal((3, 6))
+
+    def f(x, w, b):
+        layer.base.weight, layer.base.bias = w, b
+        return layer(x)
+
+    check_vjp(f, x, layer.base.weight.data, layer.base.bias.data)
+    layer = masked()
+    (layer(Tensor(x)) ** 2).sum().backward()
+    np.testing.assert_array_equal(layer.base.weight.grad != 0, layer.mask)
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    base = Linear(3, 2, rng=rng())
+    for mask in (np.ones((2, 3)), np.ones((3, 2), bool)):
+        with pytest.raises(ValueError, match=r"mask is .*; expected bool \(2, 3\)"):
+            Masked(base, mask)
+    with pytest.raises(TypeError, match="base is Masked.*; expected a plain Linear"):
+        Masked(masked(), masked().mask)
+
+
+def test_a_mask_is_a_copy_of_its_own():
+    mask = np.ones((2, 3), bool)
+    layer = Masked(Linear(3, 2, rng=rng()), mask)
+    mask[...] = False
+    assert layer.mask.all()
+
+
+def test_a_merged_weight_that_is_not_finite_is_refused():
+    model = sparsify(small(), 0.5)
+    model.blocks[0].attn.q.base.weight.data[...] = np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="blocks.0.attn.q: .* nan"):
+        merge(model)
+
+
+# ------------------------------------------------------------------ sparsify
+
+
+def masks(model):
+    return {name: w.mask for name, w in wrappers(model).items()}
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.9])
+def test_each_layer_gets_its_share_and_what_trains_stays(sparsity):
+    model = freeze(small(), "blocks.0.*")
+    trains, total = list(model.trainable().values()), count(model, quiet=True)
+    assert sparsify(model, sparsity) is model
+    assert len(masks(model)) == 6 * LAYERS
+    for name, wrapper in wrappers(model).items():
+        np.testing.assert_array_equal(
+            wrapper.mask, magnitude_mask(wrapper.base.weight.data, sparsity), err_msg=name
+        )
+    assert [id(p) for p in model.trainable().values()] == [id(p) for p in trains]
+    assert count(model, quiet=True) == total
+    before = logits(model)
+    merge(model)
+    assert not wrappers(model) and count(model, quiet=True) == total
+    assert len(model.trainable()) == len(trains)
+    np.testing.assert_array_equal(logits(model), before)
+    zeros = sum(
+        np.count_nonzero(p.data == 0)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name.startswith("blocks")
+    )
+    assert zeros == LAYERS * (4 * round(sparsity * D * D) + 2 * round(sparsity * 4 * D * D))
+
+
+def test_no_sparsity_is_the_model_itself_and_detach_lifts_the_mask():
+    model = small()
+    before, plain = logits(model), state(model)
+    np.testing.assert_array_equal(logits(sparsify(model, 0)), before)
+    detach(sparsify(model, 0.9))
+    assert state(model) == plain
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])
+def test_global_has_one_threshold_over_all_layers(sparsity):
+    model = small()
+    for i, block in enumerate(model.blocks):
+        block.attn.q.weight.data *= 10.0**i  # so that layers differ
+    sparsify(model, sparsity, scope="global")
+    found = [(np.abs(w.base.weight.data), w.mask) for w in wrappers(model).values()]
+    size = sum(mask.size for _, mask in found)
+    assert sum(np.count_nonzero(~mask) for _, mask in found) == round(sparsity * size)
+    lost = max(w[~mask].max() for w, mask in found if not mask.all())
+    kept = min(w[mask].min() for w, mask in found if mask.any())
+    assert lost <= kept
+    assert len({w.sparsity for w in wrappers(model).values()}) > 1
+
+
+def test_grams_make_it_wanda():
+    model = small()
+    grams, plain = observe(model, IDS), snapshot(model)
+    sparsify(model, 0.5, grams=grams)
+    for name, wrapper in wrappers(model).items():
+        w = plain[f"{name}.weight"]
+        np.testing.assert_array_equal(wrapper.mask, wanda_mask(w, grams[name], 0.5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"grams": True}])
+def test_pruned_again_after_training_a_mask_only_loses_entries(settings):
+    model = small()
+    settings = {"grams": observe(model, IDS)} if "grams" in settings else settings
+    last = None
+    for sparsity in (0.2, 0.5, 0.4, 0.8):
+        sparsify(model, sparsity, **settings)
+        now = masks(model)
+        if last is not None:
+            assert not any((now[name] & ~last[name]).any() for name in now)
+        if sparsity == 0.4:  # less than there is: nothing changes
+            assert all((now[name] == last[name]).all() for name in now)
+        last = now
+        fit(model, draw, steps=2, lr=0.05, progress=False)
+    sizes = [m.size for m in last.values()]
+    zeros = [np.count_nonzero(~m) for m in last.values()]
+    if settings:
+        rows = sum(len(m) * round(0.8 * m.shape[1]) for m in last.values())
+        assert sum(zeros) == (rows if "grams" in settings else round(0.8 * sum(sizes)))
+    else:
+        assert zeros == [round(0.8 * n) for n in sizes]
+
+
+def test_after_a_merge_the_zeros_go_first_so_grams_can_be_observed_afresh():
+    model = small()
+    sparsify(model, 0.5, grams=observe(model, IDS))
+    before = masks(model)
+    merge(model)
+    sparsify(model, 0.75, grams=observe(model, IDS))
+    assert not any((mask & ~before[name]).any() for name, mask in masks(model).items())
+
+
+def test_layers_out_of_target_keep_the_mask_they_have():
+    model = sparsify(small(), 0.5, "*.q")
+    before = masks(model)
+    sparsify(model, 0.75, "*.[qv]*")
+    assert all(w.sparsity == 0.75 for w in wrappers(model).values())
+    sparsify(model, 0.9, "blocks.1.attn.q")
+    assert (masks(model)["blocks.0.attn.q"] & ~before["blocks.0.attn.q"]).sum() == 0
+    assert model.blocks[0].attn.q.sparsity == 0.75
+
+
+def test_masked_weights_stay_bit_identical_through_training_and_the_others_move():
+    model = sparsify(small(), 0.5)
+    before = {name: w.base.weight.data.copy() for name, w in wrappers(model).items()}
+    fit(model, draw, steps=5, lr=1e-2, progress=False)
+    for name, w in wrappers(model).items():
+        same = w.base.weight.data == before[name]
+        assert same[~w.mask].all()
+        assert not same[w.mask].any()
+
+
+def test_rewinding_keeps_the_masks_and_gives_the_first_weights_back():
+    model = small()
+    start = snapshot(model)
+    fit(model, draw, steps=5, lr=1e-2, progress=False)
+    kept = {n: m.copy() for n, m in masks(sparsify(model, 0.5)).items()}
+    assert rewind(model, start) is model
+    fresh = small()
+    for name, mask in kept.items():
+        np.testing.assert_array_equal(masks(model)[name], mask)
+        replace(fresh, name, lambda layer, mask=mask: Masked(layer, mask))
+    np.testing.assert_array_equal(logits(model), logits(fresh))
+
+
+def test_a_state_that_does_not_fit_is_not_rewound_to():
+    model = sparsify(small(), 0.5)
+    before = state(model)
+    start = snapshot(small())
+    cases = [
+        ({n: a for n, a in start.items() if n != "norm.bias"}, "differ in norm.bias; expected the"),
+        (start | {"other": np.ones(1)}, "differ in other"),
+        (start | {"norm.bias": np.ones(3)}, r"norm.bias has shape \(3,\); expected \(8,\)"),
+        (start | {"norm.bias": model.norm.bias.data}, "norm.bias is the model's own array"),
+    ]
+    for weights, message in cases:
+        with pytest.raises(ValueError, match=message):
+            rewind(model, weights)
+    assert state(model) == before
+
+
+GRAMS = observe(small(), IDS)
+LACKING = {name: gram for name, gram in GRAMS.items() if not name.endswith(("down", "o"))}
+WRONG = {name: gram[1:, 1:] for name, gram in GRAMS.items()}
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"scope": "row"}, ValueError, "scope is 'row'; expected 'layer' or 'global'"),
+        ({"scope": "global", "grams": GRAMS}, ValueError, "scope is 'global'; expected 'layer' wi"),
+        ({"grams": LACKING}, ValueError, "grams lacks 'blocks.0.attn.o'; expected what observe"),
+        ({"grams": WRONG}, ValueError, r"grams\['blocks.0.attn.q'\] has shape \(7, 7\); expected"),
+        ({"targets": "norm"}, LookupError, "matches no layer of the right kind"),
+        ({"targets": "head"}, ValueError, "head is tied: tokens.weight and head.weight are one"),
+    ],
+)
+def test_what_sparsify_refuses_leaves_the_model_as_it_was(settings, error, message):
+    for model in (small(tied=True), sparsify(small(tied=True), 0.2)):
+        before = state(model)
+        with pytest.raises(error, match=message):
+            sparsify(model, 0.5, **settings)
+        assert state(model) == before
+
+
+def test_other_wrappers_and_other_layers_are_refused():
+    model = lora(small(), rng=rng())
+    before = state(model)
+    with pytest.raises(ValueError, match="blocks.0.attn.q is LoRA.*; expected no wrapper but Mask"):
+        sparsify(model, 0.5)
+    assert state(model) == before
+
+    class Other(Linear):
+        pass
+
+    model = small()
+    model.blocks[0].mlp.up = Other(D, 4 * D, rng=rng())
+    before = state(model)
+    for prune in (lambda: sparsify(model, 0.5), lambda: prune_neurons(model, 0.5)):
+        with pytest.raises(TypeError, match="blocks.0.mlp.up is .*; expected a plain Linear"):
+            prune()
+    assert state(model) == before
+
+
+def test_lora_goes_beside_a_masked_layer():
+    layer = masked()
+    both_ways = LoRA(layer, 2, rng=rng(1))
+    both_ways.B.data[...] = 1
+    np.testing.assert_allclose(both_ways.dense(), layer.dense() + both_ways.delta(), rtol=1e-14)
+
+
+# ------------------------------------------------------------------ neurons
+
+
+@both
+@pytest.mark.parametrize("with_grams", [False, True])
+def test_neurons_that_reach_nothing_go_first_and_the_model_is_the_same(dtype, with_grams):
+    model = small(dtype)
+    for i, block in enumerate(model.blocks):
+        block.mlp.down.weight.data[:, i % 2 :: 2] = 0
+    before, old = logits(model), [snapshot(block.mlp) for block in model.blocks]
+    freeze(model, "*.up.weight")
+    grams = observe(model, IDS) if with_grams else None
+    assert prune_neurons(model, 2 * D, grams=grams) is model  # half of 4 D
+    assert logits(model).dtype == dtype
+    assert_same(logits(model), before)
+    for i, block in enumerate(model.blocks):
+        stay = np.setdiff1d(np.arange(4 * D), np.arange(i % 2, 4 * D, 2))  # in their order
+        up, down = block.mlp.up, block.mlp.down
+        np.testing.assert_array_equal(up.weight.data, old[i]["up.weight"][stay])
+        np.testing.assert_array_equal(up.bias.data, old[i]["up.bias"][stay])
+        np.testing.assert_array_equal(down.weight.data, old[i]["down.weight"][:, stay])
+        assert down.weight.data.flags.c_contiguous
+        assert not up.weight.requires_grad and up.bias.requires_grad and down.weight.requires_grad
+
+
+@law
+@given(st.integers(1, 4 * D) | st.floats(0.02, 1))
+def test_neurons_cost_two_d_and_one_parameters_each(keep):
+    model = small()
+    before = count(model, quiet=True)
+    kept = keep if isinstance(keep, int) else round(keep * 4 * D)
+    prune_neurons(model, keep)
+    gone = LAYERS * (4 * D - kept) * (2 * D + 1)
+    assert count(model, quiet=True) == (before.trainable - gone, before.total - gone)
+    assert (model.blocks[0].mlp.up.d_out, model.blocks[0].mlp.down.d_in) == (kept, kept)
+
+
+@pytest.mark.parametrize("with_grams", [False, True])
+def test_the_neurons_kept_have_the_largest_scores(with_grams):
+    model = small()
+    grams = observe(model, IDS) if with_grams else None
+    mlp = model.blocks[1].mlp
+    up, down = mlp.up.weight.data, mlp.down.weight.data
+    size = np.linalg.norm(up, axis=1)
+    if with_grams:
+        size = np.sqrt(np.diagonal(grams["blocks.1.mlp.down"]))
+    best = np.sort(np.argsort(size * np.linalg.norm(down, axis=0))[-5:])
+    prune_neurons(model, 5, "blocks.1.mlp", grams=grams)
+    np.testing.assert_array_equal(mlp.up.weight.data, up[best])
+    assert model.blocks[0].mlp.up.d_out == 4 * D
+
+
+def test_without_biases_and_without_a_transformer():
+    class Holder(MLP):
+        def __init__(self):
+            self.inner = MLP(4, rng=rng(), dtype=np.float64)
+            self.inner.up = Linear(4, 16, rng=rng(), bias=False)
+            self.inner.down = Linear(16, 4, rng=rng(), bias=False)
+
+    model = Holder()
+    prune_neurons(model, 3, "inner")
+    assert [p.shape for p in model.parameters()] == [(3, 4), (4, 3)]
+
+
+# ------------------------------------------------------------------ heads
+
+
+@both
+@pytest.mark.parametrize("with_grams", [False, True])
+def test_heads_that_reach_nothing_go_first_and_the_model_is_the_same(dtype, with_grams):
+    model, size = small(dtype), D // HEADS
+    for block in model.blocks:
+        block.attn.o.weight.data[:, size : 2 * size] = 0
+    before, q = logits(model), model.blocks[0].attn.q.weight.data.copy()
+    freeze(model, "*.q.*")
+    assert prune_heads(model, 3, grams=observe(model, IDS) if with_grams else None) is model
+    attn = model.blocks[0].attn
+    assert attn.n_head == 3 and attn.q.d_out < D  # narrower than the stream, and it runs
+    assert logits(model).dtype == dtype
+    assert_same(logits(model), before)
+    np.testing.assert_array_equal(attn.q.weight.data, np.delete(q, [2, 3], axis=0))
+    assert not attn.q.weight.requires_grad and attn.k.weight.requires_grad
+    assert model.config["n_head"] == HEADS
+
+
+@pytest.mark.parametrize("keep, kept", [(1, 1), (0.25, 1), (0.5, 2), (3, 3), (1.0, 4), (4, 4)])
+def test_heads_cost_four_d_and_three_parameters_a_feature(keep, kept):
+    model = small()
+    before, out = count(model, quiet=True).total, logits(model)
+    prune_heads(model, keep)
+    gone = LAYERS * (HEADS - kept) * (D // HEADS) * (4 * D + 3)
+    assert before - count(model, quiet=True).total == gone
+    assert [a.n_head for a in attentions(model)] == [kept] * LAYERS
+    if kept == HEADS:
+        np.testing.assert_array_equal(logits(model), out)
+
+
+@pytest.mark.parametrize("with_grams", [False, True])
+def test_the_heads_kept_have_the_largest_scores(with_grams):
+    model, size = small(), D // HEADS
+    attn, name = model.blocks[1].attn, "blocks.1.attn.o"
+    v, o = attn.v.weight.data, attn.o.weight.data
+    o[:, :size] *= 0.1 if with_grams else 5
+    gram = observe(model, IDS)[name]
+    scores = []
+    for head in range(HEADS):
+        at = slice(head * size, head * size + size)
+        plain = np.linalg.norm(o[:, at]) * np.linalg.norm(v[at])
+        scores.append(np.trace(o[:, at] @ gram[at, at] @ o[:, at].T) if with_grams else plain)
+    best = np.sort(np.argsort(scores)[-2:])
+    prune_heads(model, 2, "blocks.1.attn", grams={name: gram} if with_grams else None)
+    wanted = np.concatenate([v[h * size : h * size + size] for h in best])
+    np.testing.assert_array_equal(attn.v.weight.data, wanted)
+
+
+def test_pruned_again_and_trained_a_smaller_model_still_runs():
+    model = prune_heads(prune_neurons(small(), 0.5), 0.75)
+    prune_heads(prune_neurons(model, 3), 1)
+    history = fit(model, draw, steps=30, lr=3e-2, progress=False)
+    assert history.loss[-1] < history.loss[0] - 0.2
+    check_vjp(lambda x: model.blocks[0](x), rng().standard_normal((2, 5, D)))
+
+
+PRUNE = [(prune_neurons, 4 * D, "neurons"), (prune_heads, HEADS, "heads")]
+prunes = pytest.mark.parametrize("prune, n, what", PRUNE)
+
+
+@prunes
+@pytest.mark.parametrize("keep", [0, 0.0, -1, -0.5, 1.5, 33, True, False, None, "half", np.nan])
+def test_a_keep_out_of_range_is_refused(prune, n, what, keep):
+    model = small()
+    before = state(model)
+    message = f"keep is {keep!r}; expected a whole number from 1 to {n}, the {what}, or a share"
+    with pytest.raises(ValueError, match=message):
+        prune(model, keep)
+    with pytest.raises(ValueError, match=f"keep is 0.001, which leaves none of {n} {what}"):
+        prune(model, 0.001)
+    assert state(model) == before
+
+
+@prunes
+def test_models_that_cannot_be_cut_are_refused_and_left_as_they_were(prune, n, what):
+    part = "mlp.down" if prune is prune_neurons else "attn.o"
+    kind = "mlp" if prune is prune_neurons else "attn"
+
+    def refused(model, message, error=ValueError, **settings):
+        before = state(model)
+        with pytest.raises(error, match=message):
+            prune(model, 1, **settings)
+        assert state(model) == before
+
+    refused(lora(small(), rng=rng()), "carries an adapter already; merge or detach it first")
+    refused(sparsify(small(), 0.5), "carries an adapter already; merge or detach it first")
+    refused(small(), f"grams lacks 'blocks.0.{part}'; expected", grams=LACKING)
+    refused(small(), rf"grams\['blocks.0.{part}'\] has shape \(\d+, \d+\); expected", grams=WRONG)
+    refused(small(), "matches no layer of the right kind", LookupError, targets="blocks.*.norm1")
+    model = small()  # the last block is at fault, and the first is left alone all the same
+    getattr(model.blocks[2], kind).__dict__[part.split(".")[1]].weight.data[0, 0] = np.nan
+    refused(model, f"blocks.2.{part} holds a nan or an infinity; expected finite weights")
+    model = small()
+    setattr(model.blocks[2], kind, getattr(model.blocks[1], kind))
+    refused(model, "blocks.1.* and blocks.2.* are one parameter, so pruning one side")
+
+
+# ------------------------------------------------------------------ blocks
+
+
+def test_similarity_is_the_cosine_between_what_enters_and_what_leaves():
+    model = small()
+    before = state(model)
+    got = block_similarity(model, IDS)
+    assert state(model) == before
+    assert got.shape == (LAYERS,) and got.dtype == np.float64
+    with no_grad():
+        x = model.tokens(IDS).data + model.positions(np.arange(5)).data
+        for block, found in zip(model.blocks, got, strict=True):
+            y = block(Tensor(x)).data
+            cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+            assert found == pytest.approx(cosines.mean(), rel=1e-12)
+            x = y
+
+
+def silence(block):
+    for layer in (block.attn.o, block.mlp.down):
+        layer.weight.data[...] = layer.bias.data[...] = 0
+
+
+@both
+def test_a_block_that_adds_nothing_has_similarity_one_and_can_go(dtype, tmp_path):
+    model = small(dtype)
+    silence(model.blocks[1])
+    before, similar = logits(model), block_similarity(model, IDS)
+    assert similar[1] == pytest.approx(1, abs=1e-6) and similar.argmax() == 1
+    size = count(model, quiet=True).total
+    assert drop_blocks(model, [1]) is model
+    np.testing.assert_array_equal(logits(model), before)
+    assert size - count(model, quiet=True).total == 12 * D**2 + 13 * D
+    assert model.config["n_layer"] == len(model.blocks) == LAYERS - 1
+    save_model(model, tmp_path / "model")
+    np.testing.assert_array_equal(logits(load_model(tmp_path / "model")), before)
+
+
+def test_a_stream_of_zeros_has_similarity_zero_and_an_error_leaves_the_model_alone():
+    model = small()
+    for p in (model.tokens.weight, model.positions.weight):
+        p.data[...] = 0
+    silence(model.blocks[0])
+    assert block_similarity(model, IDS)[0] == 0
+    before = state(model)
+    with pytest.raises(ValueError, match="ids have shape"):
+        block_similarity(model, IDS[0])
+    assert state(model) == before
+    with pytest.raises(LookupError, match="matches no layer"):
+        block_similarity(MLP(4, rng=rng()), IDS)
+
+
+def test_several_blocks_or_one_can_be_dropped():
+    model = small()
+    last = model.blocks[1]
+    drop_blocks(model, (np.int64(2), 0))
+    assert model.blocks == [last]
+    assert drop_blocks(small(), 2).config["n_layer"] == 2
+    assert drop_blocks(small(), []).config["n_layer"] == LAYERS
+
+
+@pytest.mark.parametrize(
+    "which, message",
+    [
+        ([0, 1, 2], "which holds all 3 blocks; expected one or more to be left"),
+        ([3], "which holds 3; expected whole numbers from 0 to 2, once each"),
+        ([-1], "which holds -1; expected"),
+        ([1, 1], "which holds 1; expected"),
+        ([True], "which holds True; expected"),
+        ([1.0], "which holds 1.0; expected"),
+        (7, "which holds 7; expected"),
+    ],
+)
+def test_a_bad_choice_of_blocks_is_refused(which, message):
+    model = small()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        drop_blocks(model, which)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        drop_blocks(lora(model, rng=rng()), [0])
+
+
+# ------------------------------------------------------------------ sparse forms
+
+arrays = hnp.arrays(
+    st.sampled_from([np.float32, np.float64, np.float16, np.int8]),
+    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9),
+    elements=st.sampled_from([0, 0, 0, 1, -2, 3]),
+)
+
+
+@law
+@given(arrays)
+def test_sparse_forms_come_back_exactly_and_have_the_size_of_their_formula(w):
+    nnz = np.count_nonzero(w)
+    bits, values = to_bitmap(w)
+    assert bits.nbytes + values.nbytes == -(-w.size // 8) + nnz * w.itemsize
+    again = from_bitmap(bits, values, w.shape)
+    assert again.dtype == w.dtype
+    np.testing.assert_array_equal(again, w, strict=True)
+    indices, values = to_indices(w)
+    wide = 1 if w.size <= 256 else 2
+    assert indices.nbytes + values.nbytes == nnz * (wide + w.itemsize)
+    np.testing.assert_array_equal(from_indices(indices, values, w.shape), w, strict=True)
+
+
+@pytest.mark.parametrize("n, dtype", [(256, "u1"), (257, "u2"), (2**16, "u2"), (2**16 + 1, "u4")])
+def test_indices_take_the_smallest_type_that_holds_the_last_place(n, dtype):
+    w = np.zeros(n, np.float32)
+    w[-1] = 2
+    indices, values = to_indices(w)
+    assert indices.dtype == dtype and indices[0] == n - 1
+    np.testing.assert_array_equal(from_indices(indices, values, n), w)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int8])
+def test_a_bitmap_breaks_even_at_one_over_the_bits(dtype):
+    n, at = 4096, break_even_sparsity(8 * np.dtype(dtype).itemsize)
+    sizes = []
+    for zeros in (round(at * n) - 8, round(at * n), round(at * n) + 8):
+        w = np.ones(n, dtype)
+        w[:zeros] = 0
+        sizes.append(sum(a.nbytes for a in to_bitmap(w)) - w.nbytes)
+    assert sizes[0] > 0 == sizes[1] > sizes[2]
+    assert break_even_sparsity(1) == 1
+
+
+def test_indices_of_16_bits_beat_a_bitmap_below_one_in_16():
+    size = lambda pair: pair[0].nbytes + pair[1].nbytes  # noqa: E731
+    w = np.zeros(2**14, np.float32)
+    w[: 2**10] = 1
+    assert size(to_indices(w)) == size(to_bitmap(w))
+    w[0] = 0
+    assert size(to_indices(w)) < size(to_bitmap(w))
+
+
+@pytest.mark.parametrize("bits", [0, -1, 4.0, True, None])
+def test_bits_that_are_no_whole_number_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits is {bits!r}; expected a whole number from 1"):
+        break_even_sparsity(bits)
+
+
+def test_forms_that_do_not_fit_are_refused():
+    bits, values = to_bitmap(np.arange(10.0))
+    for bad in (bits[:1], bits.astype(int)):
+        with pytest.raises(ValueError, match=r"bits is .*; expected uint8 \(2,\)"):
+            from_bitmap(bad, values, (10,))
+    spare = bits | np.array([0, 1], np.uint8)  # a bit past the end
+    for bad, some in ((bits, values[1:]), (spare, np.append(values, 1.0))):
+        with pytest.raises(ValueError, match="expected one for each bit that is set"):
+            from_bitmap(bad, some, (10,))
+    indices, values = to_indices(np.arange(10.0))
+    for bad, some in ((indices, values[1:]), (indices.astype(int), values)):
+        with pytest.raises(ValueError, match="expected unsigned integers, one for each value"):
+            from_indices(bad, some, (10,))
+    for bad, shape in ((indices, (9,)), (indices[::-1], (10,)), (indices * 0, (10,))):
+        with pytest.raises(ValueError, match="indices do not rise or pass"):
+            from_indices(bad, values, shape)
