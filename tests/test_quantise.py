@@ -1,0 +1,848 @@
+"""Quantisation: packing, levels, blocks, bounds, bytes; GPTQ; the layers and what they refuse."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as some_array
+
+from minilora import (
+    Linear,
+    LoRA,
+    Tensor,
+    Transformer,
+    check_vjp,
+    detach,
+    lora,
+    merge,
+    ops,
+)
+from minilora.compress import (
+    QuantLinear,
+    StraightThrough,
+    dequantise,
+    fake_quantise,
+    gptq,
+    kmeans,
+    kmeans_levels,
+    nf4_levels,
+    observe,
+    pack,
+    quantise,
+    quantise_aware,
+    quantise_model,
+    unpack,
+)
+from minilora.compress.levels import nearest
+
+IDS = np.random.default_rng(9).integers(7, size=(2, 5))
+NF4 = [  # as published with QLoRA
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
+both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+all_bits = pytest.mark.parametrize("bits", range(1, 9))
+FORMATS = [
+    *[{"bits": bits, "kind": kind} for bits in (2, 4, 8) for kind in ("symmetric", "affine")],
+    {"bits": 1, "kind": "symmetric"},
+    {"bits": 1, "kind": "affine"},
+    {"bits": 4, "kind": "nf4"},
+    {"bits": 2, "kind": "levels", "levels": [-1.0, 0.0, 0.5]},
+]
+formats = pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f['bits']} {f['kind']}")
+blocks = st.one_of(st.none(), st.just("row"), st.integers(1, 40))
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return rng(seed).standard_normal(shape).astype(dtype)
+
+
+def small(dtype=np.float64, **changes):
+    sizes = {"vocab_size": 7, "n_positions": 5, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    return Transformer(**sizes | changes, rng=rng(), dtype=dtype)
+
+
+def mse(w, **settings):
+    return float(np.mean((w - dequantise(quantise(w, **settings), w.dtype)) ** 2))
+
+
+def spread(q, values):
+    """A number for each block as an array in the shape of the weights."""
+    n = int(np.prod(q.shape))
+    size = {None: n, "row": n // q.shape[0]}.get(q.block, q.block)
+    return np.repeat(values, size)[:n].reshape(q.shape)
+
+
+# ------------------------------------------------------------------ packing
+
+
+@given(st.integers(1, 8), st.integers(0, 70), st.integers(0, 2**32 - 1))
+def test_packing_is_exact_and_takes_the_bytes_it_should(bits, n, seed):
+    codes = rng(seed).integers(1 << bits, size=n)
+    packed = pack(codes, bits)
+    assert packed.dtype == np.uint8 and packed.shape == (-(-n * bits // 8),)
+    back = unpack(packed, bits, n)
+    assert back.dtype == np.uint8
+    np.testing.assert_array_equal(back, codes)
+
+
+@all_bits
+def test_packed_codes_are_a_string_of_bits_lowest_first(bits):
+    codes = rng(bits).integers(1 << bits, size=37)
+    number = sum(int(code) << bits * i for i, code in enumerate(codes))
+    assert pack(codes, bits).tobytes() == number.to_bytes(-(-37 * bits // 8), "little")
+
+
+def test_two_codes_of_four_bits_are_one_byte():
+    assert pack([[1, 2], [15, 0]], 4).tolist() == [0x21, 0x0F]
+
+
+def test_packing_does_not_write_to_the_codes():
+    codes = np.arange(16, dtype=np.uint8)
+    pack(codes, 4)
+    assert codes.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, True, 4.0, "4", None])
+def test_bits_out_of_range_are_refused_everywhere(bits):
+    wanted = "bits is .*; expected a whole number from 1 to 8"
+    for call in (
+        lambda: pack([0], bits),
+        lambda: unpack(np.zeros(1, np.uint8), bits, 1),
+        lambda: quantise(normal(4), bits),
+        lambda: kmeans(normal(4), bits),
+        lambda: gptq(normal(4, 4), np.eye(4), bits, block="row"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+@all_bits
+def test_codes_out_of_range_are_refused(bits):
+    top = 1 << bits
+    with pytest.raises(ValueError, match=f"run from 0 to {top}; expected 0 to {top - 1}"):
+        pack([0, top], bits)
+    with pytest.raises(ValueError, match=f"run from -1 to 0; expected 0 to {top - 1}"):
+        pack([0, -1], bits)
+
+
+def test_codes_that_are_not_whole_and_bytes_that_do_not_fit_are_refused():
+    with pytest.raises(TypeError, match="codes have dtype float64; expected integers"):
+        pack([0.0], 4)
+    with pytest.raises(ValueError, match=r"uint8 of shape \(2,\); expected uint8 of shape \(3,\)"):
+        unpack(np.zeros(2, np.uint8), 4, 5)
+    with pytest.raises(ValueError, match="packed is int64"):
+        unpack(np.zeros(3, np.int64), 4, 5)
+
+
+# ------------------------------------------------------------------ levels
+
+
+def test_nf4_levels_are_the_published_ones():
+    levels = nf4_levels()
+    np.testing.assert_allclose(levels, NF4, atol=1e-6)
+    assert levels[7] == 0 and levels[0] == -1 and levels[-1] == 1
+    with pytest.raises(ValueError, match="read-only"):
+        levels[0] = 0
+
+
+@both
+def test_an_nf4_code_is_that_of_the_nearest_level_whatever_the_weight(dtype):
+    levels = nf4_levels()
+    middle = ((levels[1:] + levels[:-1]) / 2).astype(dtype)
+    edges = [middle, np.nextafter(middle, dtype(2)), np.nextafter(middle, dtype(-2))]
+    x = np.concatenate([*edges, levels.astype(dtype), rng().uniform(-1, 1, 5000).astype(dtype)])
+    x = np.append(x, dtype(1))  # the largest: the scale is 1, so that x stays what it is
+    codes = unpack(quantise(x, kind="nf4", block=None).packed, 4, x.size)
+    np.testing.assert_array_equal(codes, np.searchsorted(middle, x))
+    distance = np.abs(x[:, None].astype(np.float64) - levels)
+    chosen = distance[np.arange(x.size), codes]
+    np.testing.assert_allclose(chosen, distance.min(axis=1), rtol=0, atol=2 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 256])
+def test_few_levels_and_many_are_searched_alike(k):
+    levels = np.sort(rng(k).standard_normal(k))
+    x = np.append(rng(1).standard_normal(500), (levels[1:] + levels[:-1]) / 2)
+    wanted = np.searchsorted((levels[1:] + levels[:-1]) / 2, x)
+    np.testing.assert_array_equal(nearest(x, levels), wanted)
+
+
+@given(some_array(np.float64, st.integers(1, 60), elements=st.floats(-9, 9)), st.integers(1, 9))
+def test_kmeans_levels_are_increasing_and_within_the_weights(w, k):
+    levels = kmeans_levels(w, k)
+    assert 1 <= levels.size <= k and (np.diff(levels) > 0).all()
+    assert levels[0] >= w.min() - 1e-9 and levels[-1] <= w.max() + 1e-9
+
+
+def test_kmeans_finds_a_finite_set_exactly_and_a_fixed_point_otherwise():
+    np.testing.assert_allclose(kmeans_levels([3, 1, 3, 2, 1, 1, 2, 3], 3), [1, 2, 3], rtol=1e-12)
+    w = rng().standard_normal(2000)
+    levels = kmeans_levels(w, 8, iterations=1000)
+    codes = nearest(w, levels)
+    np.testing.assert_allclose(levels, [w[codes == i].mean() for i in range(8)], rtol=1e-9)
+
+
+def test_each_iteration_of_kmeans_lowers_the_error():
+    w = rng().standard_normal(3000)
+    errors = []
+    for iterations in range(8):
+        levels = kmeans_levels(w, 8, iterations)
+        errors.append(np.mean((w - levels[nearest(w, levels)]) ** 2))
+    assert (np.diff(errors) < 0).all()
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_kmeans_beats_the_uniform_grid_and_counts_its_levels(block):
+    w = normal(64, 64)
+    q = kmeans(w, 3, block=block)
+    assert np.unique(dequantise(kmeans(w, 3))).size == 8  # a finite set
+    assert np.mean((w - dequantise(q)) ** 2) < 0.8 * mse(w, bits=3, block=block)
+    assert q.nbytes == 4096 * 3 // 8 + 4 * 8 + 4 * (1 if block is None else 64)
+
+
+BAD_KMEANS = [
+    ({"k": 0}, "k is 0; expected a whole number from 1 to 256"),
+    ({"k": 257}, "k is 257"),
+    ({"iterations": -1}, "iterations is -1; expected a whole number from 0"),
+    ({"w": []}, "w has 0 weights"),
+    ({"w": [1, np.nan]}, "expected some, all finite"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_KMEANS, ids=[str(s) for s, _ in BAD_KMEANS])
+def test_kmeans_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        kmeans_levels(**{"w": [1.0, 2.0], "k": 2} | settings)
+
+
+# ------------------------------------------------------------------ quantise and dequantise
+
+
+@given(
+    st.integers(2, 8),
+    blocks,
+    st.sampled_from(["symmetric", "affine"]),
+    st.sampled_from([np.float32, np.float64]),
+    st.tuples(st.integers(1, 9), st.integers(1, 30)),
+    st.integers(0, 99),
+)
+def test_no_error_is_above_half_a_step(bits, block, kind, dtype, shape, seed):
+    w = normal(*shape, seed=seed, dtype=dtype)
+    q = quantise(w, bits, block=block, kind=kind)
+    back = dequantise(q, dtype)
+    assert back.dtype == dtype and back.shape == shape
+    room = 1e-6 * np.abs(w).max()
+    assert (np.abs(back - w) <= spread(q, q.scales()) * 0.50001 + room).all()
+
+
+@given(
+    st.sampled_from(FORMATS),
+    blocks,
+    st.booleans(),
+    st.tuples(st.integers(1, 9), st.integers(1, 30)),
+)
+def test_the_bytes_are_those_of_the_formula(form, block, double, shape):
+    q = quantise(normal(*shape), block=block, double=double, **form)
+    n = shape[0] * shape[1]
+    size = {None: n, "row": shape[1]}.get(block, block)
+    count = -(-n // size)
+    wanted = -(-n * form["bits"] // 8)
+    wanted += count + 4 * -(-count // 256) + 4 if double else 4 * count
+    wanted += 4 * count if form["kind"] == "affine" else 0
+    wanted += 4 * 3 if form["kind"] == "levels" else 0
+    assert q.nbytes == wanted == sum(array.nbytes for array in q.arrays().values())
+    assert q.bits_per_weight == 8 * wanted / n
+
+
+def test_double_quantisation_takes_the_scales_from_a_half_to_an_eighth_of_a_bit():
+    w = normal(256, 256)
+    plain, double = (quantise(w, kind="nf4", double=d) for d in (False, True))
+    assert plain.bits_per_weight == 4.5
+    mean = 32 / w.size
+    assert double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + mean
+    assert double.bits_per_weight == pytest.approx(4.127, abs=6e-4)
+    np.testing.assert_allclose(double.scales(), plain.scales(), rtol=0.01)
+    assert mse(w, kind="nf4", double=True) < 1.01 * mse(w, kind="nf4")
+
+
+def test_doubly_quantised_scales_that_are_too_small_clip_and_do_not_wrap_round():
+    w = normal(64 * 256)
+    w[:64] *= 1000
+    q = quantise(w, double=True)
+    back = dequantise(q)
+    assert (np.abs(back) <= np.abs(w[:64]).max() * 1.01).all()
+    assert (back[64:] * w[64:] >= 0).all()
+
+
+@both
+def test_codes_are_those_of_the_scales_that_are_stored(dtype):
+    w = normal(64, 256, dtype=dtype)
+    q = quantise(w, double=True)
+    step = spread(q, q.scales())
+    inside = np.abs(w) <= 7 * step  # what lies beyond was clipped
+    assert inside.mean() > 0.98
+    assert (np.abs(dequantise(q, dtype) - w)[inside] <= 0.50001 * step[inside]).all()
+
+
+def test_half_a_step_holds_for_subnormal_weights_too():
+    w = np.float32(1e-40) * normal(4, 64)
+    for bits in range(2, 9):
+        q = quantise(w, bits)
+        assert (np.abs(dequantise(q) - w) <= 0.50001 * spread(q, q.scales())).all()
+
+
+@both
+@formats
+@pytest.mark.parametrize("block", [None, "row", 7, 64])
+def test_zeros_come_back_as_zeros(form, block, dtype):
+    back = dequantise(quantise(np.zeros((5, 33), dtype), block=block, **form), dtype)
+    assert back.dtype == dtype and not back.any()
+
+
+@given(
+    st.integers(1, 8),
+    blocks,
+    some_array(np.float32, (4, 11), elements=st.floats(-100, 100, width=32)),
+)
+def test_quantising_a_second_time_changes_nothing(bits, block, w):
+    once = quantise(w, bits, block=block)
+    twice = quantise(dequantise(once), bits, block=block)
+    if bits > 1:  # with 1 bit a zero goes to one side
+        live = spread(once, once.scales()) > 1e-30
+        codes = (unpack(q.packed, bits, w.size).reshape(w.shape) for q in (once, twice))
+        np.testing.assert_array_equal(*(c[live] for c in codes))
+    np.testing.assert_allclose(dequantise(twice), dequantise(once), rtol=2.5e-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine"])
+@pytest.mark.parametrize("block", [None, "row", 64])
+def test_a_bit_less_is_about_four_times_the_error(kind, block):
+    w = normal(256, 256)
+    errors = [mse(w, bits=bits, block=block, kind=kind) for bits in range(2, 9)]
+    assert (np.diff(errors) < 0).all()
+    ratios = np.divide(errors[3:-1], errors[4:])  # 5 to 8 bits
+    np.testing.assert_allclose(ratios, 4, rtol=0.1)
+
+
+def test_one_bit_by_the_mean_beats_the_three_levels_of_two_bits_by_the_largest():
+    w = normal(256, 256)
+    assert mse(w, bits=1) == pytest.approx(1 - 2 / np.pi, rel=0.03)  # E(|w| − E|w|)²
+    assert mse(w, bits=1) < mse(w, bits=2)
+    assert mse(w, bits=1, kind="affine") > mse(w, bits=2, kind="affine")
+
+
+def test_one_bit_is_the_sign_times_the_mean_size():
+    w = normal(8, 64)
+    wanted = np.sign(w) * np.abs(w).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(dequantise(quantise(w, 1)), wanted, rtol=1e-6)
+
+
+@both
+def test_the_ends_of_a_block_are_hit(dtype):
+    w = normal(10, 64, dtype=dtype) + 3
+    back = dequantise(quantise(w, 3, kind="affine"), dtype)
+    np.testing.assert_allclose(back.min(axis=1), w.min(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(back.max(axis=1), w.max(axis=1), rtol=1e-6)
+    for form in ({"bits": 3}, {"kind": "nf4"}):
+        back = dequantise(quantise(w, **form), dtype)
+        np.testing.assert_allclose(back.max(axis=1), w.max(axis=1), rtol=1e-6)
+
+
+def test_affine_beats_symmetric_on_weights_that_lean_to_one_side():
+    w = normal(64, 64) + 3
+    assert mse(w, kind="affine") < 0.5 * mse(w)
+
+
+def test_nf4_wins_on_gaussian_weights_and_loses_on_uniform_ones():
+    gaussian = normal(256, 256)
+    uniform = rng().uniform(-1, 1, (256, 256)).astype(np.float32)
+    assert mse(gaussian, kind="nf4") < 0.95 * mse(gaussian)
+    assert mse(uniform, kind="nf4") > 1.05 * mse(uniform)
+
+
+def test_an_outlier_ruins_the_tensor_but_not_the_blocks():
+    w = normal(64, 64)
+    hit = w.copy()
+    hit[3, 5] = 100
+    assert mse(hit, block=None) > 30 * mse(w, block=None)
+    assert mse(hit, block=64) < 3 * mse(w, block=64)
+    assert mse(hit, block="row") < 3 * mse(w, block="row")
+
+
+def test_many_chunks_are_as_one_and_the_order_of_memory_does_not_matter():
+    w = normal(403, 501)  # several chunks, and a short last block
+    for block in (7, 64, "row"):
+        parts = quantise(w, 3, block=block)
+        size = 501 if block == "row" else block
+        n = w.size // size * size
+        rows = w.reshape(-1)[:n].reshape(-1, size)
+        step = np.abs(rows).max(axis=1, keepdims=True) / np.float32(3)
+        wanted = np.clip(np.rint(rows / step), -3, 3) * step
+        got = dequantise(parts).reshape(-1)[:n].reshape(rows.shape)
+        assert np.isclose(got, wanted, rtol=1e-5).mean() > 0.9999  # but for ties
+    turned = np.asfortranarray(w)
+    np.testing.assert_array_equal(quantise(turned, 3).packed, quantise(w, 3).packed)
+
+
+@both
+def test_the_weights_are_not_written_to(dtype):
+    w = normal(9, 30, dtype=dtype)
+    before = w.copy()
+    for form in FORMATS:
+        dequantise(quantise(w, **form), dtype)
+    kmeans(w, 2)
+    gptq(w, np.eye(30), block="row")
+    np.testing.assert_array_equal(w, before)
+
+
+@formats
+def test_very_small_and_very_large_weights_stay_finite(form):
+    for size in (1e-45, 1e-40, 1e-30, 1e30, 5e37):
+        w = np.float32(size) * np.array([1, -0.5, 0.25, 0, 0.75], np.float32)
+        back = dequantise(quantise(w, **form))
+        assert np.isfinite(back).all()
+        assert (np.abs(back) <= 2 * max(size, 1e-37)).all()
+
+
+BAD = [
+    ({"block": 0}, ValueError, "block is 0; expected None, 'row' or a whole number from 1"),
+    ({"block": -3}, ValueError, "block is -3"),
+    ({"block": True}, ValueError, "block is True"),
+    ({"block": 2.0}, ValueError, r"block is 2\.0"),
+    ({"block": "column"}, ValueError, "block is 'column'"),
+    ({"kind": "int4"}, ValueError, "kind is 'int4'; expected one of 'symmetric', 'affine', 'nf4'"),
+    ({"kind": "nf4", "bits": 3}, ValueError, "bits is 3; expected 4 for kind 'nf4'"),
+    ({"kind": "levels"}, ValueError, "kind is 'levels' and levels None; expected both or neither"),
+    ({"levels": [0, 1]}, ValueError, "kind is 'symmetric' and levels .*; expected both or neither"),
+    ({"kind": "levels", "levels": [0, 0]}, ValueError, "1 to 16 finite numbers, increasing"),
+    ({"kind": "levels", "levels": [1, 0]}, ValueError, "1 to 16 finite numbers, increasing"),
+    ({"kind": "levels", "levels": []}, ValueError, "1 to 16 finite numbers, increasing"),
+    ({"kind": "levels", "levels": [0, np.nan]}, ValueError, "1 to 16 finite numbers"),
+    ({"kind": "levels", "levels": range(3), "bits": 1}, ValueError, "1 to 2 finite numbers"),
+    ({"w": np.array([1.0, np.nan])}, ValueError, "w is not finite"),
+    ({"w": np.array([1.0, -np.inf])}, ValueError, "w is not finite"),
+    ({"w": np.array([1.0, np.inf]), "kind": "affine"}, ValueError, "w is not finite"),
+    ({"w": np.array([np.nan, 1.0]), "kind": "affine"}, ValueError, "w is not finite"),
+    ({"w": np.array([np.nan, 1.0]), "bits": 1}, ValueError, "w is not finite"),
+    ({"w": np.array([1e300])}, ValueError, "w is not finite, or above 8.5e.37"),
+    ({"w": np.zeros((0, 3))}, ValueError, r"w has shape \(0, 3\); expected one weight or more"),
+    ({"w": np.arange(3)}, TypeError, "w has dtype int64; expected float32 or float64"),
+    ({"w": np.zeros(3, np.float16)}, TypeError, "w has dtype float16"),
+]
+
+
+@pytest.mark.parametrize("settings, kind, message", BAD, ids=[m for _, _, m in BAD])
+def test_quantise_refuses(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        quantise(**{"w": normal(3, 4)} | settings)
+
+
+# ------------------------------------------------------------------ GPTQ
+
+
+def correlated(d, seed, n=400):
+    mix = rng(seed).standard_normal((d, d)) * np.linspace(0.1, 2, d)
+    x = rng(seed + 1).standard_normal((n, d)) @ mix
+    return x.T @ x / n
+
+
+def data_error(w, q, gram):
+    e = w - dequantise(q, w.dtype)
+    return float(np.einsum("oi,ij,oj->", e, gram, e))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"bits": 4, "block": 16},
+        {"bits": 3, "block": "row"},
+        {"bits": 2, "block": None, "kind": "affine"},
+        {"kind": "nf4", "block": 16, "double": True},
+    ],
+    ids=str,
+)
+def test_gptq_errs_less_on_correlated_data_than_rounding_to_nearest(form, seed):
+    w, gram = normal(24, 32, seed=seed), correlated(32, seed)
+    plain, better = quantise(w, **form), gptq(w, gram, **form)
+    assert data_error(w, better, gram) < 0.9 * data_error(w, plain, gram)
+    assert better.nbytes == plain.nbytes
+    np.testing.assert_array_equal(better.scales(), plain.scales())
+
+
+@both
+@pytest.mark.parametrize("form", FORMATS[:-1], ids=str)
+@pytest.mark.parametrize("block", [None, "row", 8])
+def test_gptq_is_rounding_to_nearest_when_features_are_not_correlated(form, block, dtype):
+    w = normal(6, 24, dtype=dtype)
+    plain = quantise(w, block=block, **form)
+    for gram in (3 * np.eye(24), np.diag(np.arange(1.0, 25)), np.zeros((24, 24))):
+        better = gptq(w, gram, block=block, **form)
+        np.testing.assert_array_equal(better.packed, plain.packed)
+
+
+def test_gptq_equals_its_definition_by_the_inverse_hessian():
+    w, gram = normal(5, 12, dtype=np.float64), correlated(12, 3)
+    upper = np.linalg.cholesky(np.linalg.inv(gram + 0.01 * np.diag(gram).mean() * np.eye(12))).T
+    rest, scale = w.copy(), np.abs(w).max(axis=1).astype(np.float32) / np.float32(7)
+    wanted = np.zeros_like(w)
+    for j in range(12):
+        wanted[:, j] = np.clip(np.rint(rest[:, j] / scale), -7, 7) * scale
+        rest[:, j:] -= np.outer((rest[:, j] - wanted[:, j]) / upper[j, j], upper[j, j:])
+    got = dequantise(gptq(w, gram, block="row"), np.float64)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_gptq_takes_a_singular_gram():
+    x = normal(4, 16, dtype=np.float64)  # fewer samples than features
+    assert np.isfinite(dequantise(gptq(normal(3, 16), x.T @ x / 4, block="row"))).all()
+
+
+BAD_GPTQ = [
+    ({"block": 5}, "block is 5; expected a divisor of d_in = 8, 'row' or None"),
+    ({"block": 64}, "block is 64; expected a divisor of d_in = 8"),
+    ({"gram": np.eye(7)}, r"gram has shape \(7, 7\); expected \(8, 8\)"),
+    ({"gram": np.full((8, 8), np.nan)}, "all finite"),
+    ({"gram": -np.eye(8)}, "gram is not positive definite with damping 0.01"),
+    ({"gram": np.ones((8, 8)), "damping": 0}, "gram is not positive definite with damping 0"),
+    ({"damping": -1}, "damping is -1; expected a number from 0"),
+    ({"damping": np.nan}, "damping is nan"),
+    ({"w": normal(8)}, r"w has shape \(8,\); expected \(d_out, d_in\)"),
+    ({"kind": "levels"}, "kind is 'levels' and levels None"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_GPTQ, ids=[m for _, m in BAD_GPTQ])
+def test_gptq_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        gptq(**{"w": normal(4, 8), "gram": np.eye(8), "block": 4} | settings)
+
+
+# ------------------------------------------------------------------ the layer
+
+
+def layer(d_in=6, d_out=5, dtype=np.float64, bias=True):
+    made = Linear(d_in, d_out, rng=rng(), dtype=dtype, bias=bias)
+    if bias:
+        made.bias.data[...] = rng(1).standard_normal(d_out)
+    return made
+
+
+@both
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quant_linear_computes_with_its_dense_weight(dtype, bias):
+    base = layer(dtype=dtype, bias=bias)
+    quant = QuantLinear(base, 3, block=4)
+    x = normal(2, 3, 6, dtype=dtype)
+    wanted = x @ dequantise(quantise(base.dense(), 3, block=4), dtype).T
+    wanted = wanted + base.bias.data if bias else wanted
+    got = quant(Tensor(x))
+    assert got.dtype == quant.dense().dtype == dtype and (quant.d_in, quant.d_out) == (6, 5)
+    np.testing.assert_allclose(got.data, wanted, rtol=1e-6, atol=1e-6)
+    assert [n for n, _ in quant.named_parameters()] == (["bias"] if bias else [])
+    assert not quant.trainable()
+    assert quant.nbytes == quant.quantised.nbytes + (5 * x.itemsize if bias else 0)
+
+
+def test_the_gradients_of_a_quant_linear_agree_with_differences():
+    quant = QuantLinear(layer(), 3, block=4)
+
+    def f(x, bias):
+        quant.bias = bias
+        return quant(x)
+
+    check_vjp(f, normal(2, 3, 6), normal(5))
+
+
+def test_no_dense_weight_lies_between_forward_and_backward():
+    quant = QuantLinear(layer(256, 256, np.float32), 4)
+    x = Tensor(normal(1, 256), requires_grad=True)
+    quant(x).sum().backward()  # what is made once is made now
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    y = quant(x)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert held < 256 * 256  # a dense weight takes four times as much
+    y.sum().backward()
+    np.testing.assert_allclose(x.grad[0], 2 * quant.dense().sum(axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_lora_over_a_quant_linear_trains_and_its_gradients_agree_with_differences():
+    wrapper = LoRA(QuantLinear(layer(), 4, block=3), 2, rng=rng(1))
+    wrapper.B.data[...] = normal(5, 2)
+
+    def f(x, a, b):
+        wrapper.A, wrapper.B = a, b
+        return wrapper(x)
+
+    check_vjp(f, normal(3, 6), wrapper.A.data, wrapper.B.data)
+
+
+def test_qlora_on_a_model_trains_its_bypass_alone_and_merges_dense_or_requantised():
+    model = quantise_model(small(), 4, block=8)
+    lora(model, 2, rng=rng(1))
+    wrapper, packed = model.blocks[0].attn.q, model.blocks[0].attn.q.base.quantised.packed.copy()
+    assert sorted(model.trainable())[0] == "blocks.0.attn.q.A" and len(model.trainable()) == 8
+    losses = []
+    for _ in range(20):
+        loss = ops.cross_entropy(model(IDS), IDS)
+        model.zero_grad()
+        loss.backward()
+        for p in model.trainable().values():
+            p.data -= 0.5 * p.grad
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+    np.testing.assert_array_equal(wrapper.base.quantised.packed, packed)
+
+    dense, before = wrapper.dense(), model(IDS).data
+    again = wrapper.merged(requantise=True)
+    assert type(again) is QuantLinear and again.config() == wrapper.base.config()
+    step = spread(again.quantised, again.quantised.scales())
+    assert (np.abs(again.dense() - dense) <= 0.50001 * step).all()
+    merge(model, requantise=False)
+    assert type(model.blocks[0].attn.q) is Linear
+    np.testing.assert_allclose(model(IDS).data, before, rtol=1e-9, atol=1e-9)
+
+
+def test_requantised_takes_the_bias_of_the_other_layer_and_keeps_the_format():
+    quant, other = QuantLinear(layer(), 3, block=4, kind="affine", double=True), layer()
+    other.bias.data += 1
+    other.weight.data *= 2
+    again = quant.requantised(other)
+    assert again.config() == quant.config() and not again.trainable()
+    np.testing.assert_array_equal(again.bias.data, other.bias.data)
+    np.testing.assert_allclose(again.dense(), 2 * quant.dense(), rtol=1e-6, atol=1e-7)
+
+
+def test_requantised_refuses_another_shape():
+    with pytest.raises(ValueError, match=r"weight has shape \(6, 5\); expected \(5, 6\)"):
+        QuantLinear(layer()).requantised(layer(5, 6))
+
+
+@both
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+@formats
+def test_arrays_and_config_restore_a_layer(form, double, bias, dtype):
+    base = layer(dtype=dtype, bias=bias)
+    q = quantise(base.dense(), block=4, double=double, **form)
+    quant = QuantLinear.of(q, base.bias.data if bias else None, dtype)
+    again = QuantLinear.restore(quant.arrays(), quant.config())
+    assert again.config() == quant.config() and again.nbytes == quant.nbytes
+    assert sum(array.nbytes for array in quant.arrays().values()) == quant.nbytes
+    x = Tensor(normal(3, 6, dtype=dtype))
+    np.testing.assert_array_equal(again(x).data, quant(x).data)
+    np.testing.assert_array_equal(again.requantised(base).dense(), quant.dense())
+
+
+def test_a_config_survives_json():
+    quant = QuantLinear(layer(), np.int64(4), block=np.int64(4), double=True)
+    config = json.loads(json.dumps(quant.config()))
+    assert config == quant.config()
+    again = QuantLinear.restore(quant.arrays(), config)
+    np.testing.assert_array_equal(again.dense(), quant.dense())
+
+
+def test_restore_refuses_arrays_that_do_not_fit_the_config():
+    quant = QuantLinear(layer(), 4, block=4)
+    arrays, config = quant.arrays(), quant.config()
+    for changed, message in [
+        ({"codes": arrays["codes"][:-1]}, r"codes is uint8 of shape \(14,\); expected .*\(15,\)"),
+        ({"scale": arrays["scale"].astype(np.float64)}, "scale is float64"),
+        ({"scale": arrays["scale"] * np.float32(np.nan)}, "scale is not finite"),
+        ({"extra": arrays["scale"]}, "arrays are .*; expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            QuantLinear.restore(arrays | changed, config)
+    with pytest.raises(ValueError, match="arrays are .*; expected"):
+        QuantLinear.restore({"codes": arrays["codes"]}, config)
+    with pytest.raises(ValueError, match="bits is 9"):
+        QuantLinear.restore(arrays, config | {"bits": 9})
+    book = QuantLinear.of(quantise(normal(5, 6), 2, kind="levels", levels=[-1, 0, 1]))
+    high = {"codes": np.full_like(book.quantised.packed, 255)}
+    with pytest.raises(ValueError, match="a code is 3; expected less than 3 levels"):
+        QuantLinear.restore(book.arrays() | high, book.config())
+
+
+def test_a_quant_linear_refuses_what_does_not_fit():
+    quant = QuantLinear(layer())
+    with pytest.raises(ValueError, match=r"QuantLinear: shapes \(2, 5\) and \(5, 6\) do not fit"):
+        quant(Tensor(np.zeros((2, 5))))
+    with pytest.raises(TypeError, match="x is float32, the layer float64; convert one first"):
+        quant(Tensor(np.zeros((2, 6), np.float32)))
+    with pytest.raises(TypeError, match="expected a layer with dense"):
+        QuantLinear(np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"the weight has shape \(6,\); expected \(d_out, d_in\)"):
+        QuantLinear.of(quantise(normal(6)))
+
+
+def test_repr_names_the_format():
+    assert repr(QuantLinear(layer())) == "QuantLinear(6 -> 5, 4-bit symmetric in blocks of 64)"
+    bare = QuantLinear(layer(bias=False), 1, block=None)
+    assert repr(bare) == "QuantLinear(6 -> 5, 1-bit symmetric in one block, no bias)"
+
+
+# ------------------------------------------------------------------ straight-through
+
+
+def test_the_gradient_passes_through_the_rounding_unchanged():
+    w = Tensor(normal(4, 6), requires_grad=True)
+    y = fake_quantise(w, bits=2, block="row")
+    np.testing.assert_array_equal(y.data, dequantise(quantise(w.data, 2, block="row")))
+    g = normal(4, 6, seed=1)
+    y.backward(g)
+    np.testing.assert_array_equal(w.grad, g)
+
+
+@both
+def test_straight_through_trains_towards_the_grid_and_merges_to_what_it_computes(dtype):
+    x = normal(64, 8, dtype=dtype)
+    target = x @ normal(4, 8, seed=2, dtype=dtype).T
+    wrapper = StraightThrough(layer(8, 4, dtype), 3, block="row")
+    errors = []
+    for _ in range(60):
+        gap = wrapper(Tensor(x)) - target
+        loss = (gap * gap).mean()
+        loss.backward()
+        for p in wrapper.parameters():
+            p.data -= 0.1 * p.grad
+            p.grad = None
+        errors.append(loss.item())
+    assert errors[-1] < 0.2 * errors[0]
+    merged = wrapper.merged()
+    assert type(merged) is QuantLinear and not merged.trainable()
+    np.testing.assert_array_equal(merged.dense(), wrapper.dense())
+    np.testing.assert_allclose(merged(Tensor(x)).data, wrapper(Tensor(x)).data, rtol=1e-5)
+
+
+def test_quantise_aware_wraps_trains_everything_and_merges():
+    model = quantise_aware(small(), 4, "blocks.*.attn.*", block=8)
+    assert len(model.trainable()) == len(model.parameters())
+    assert repr(model.blocks[0].attn.q) == "StraightThrough(4 bits, base=Linear(8 -> 8))"
+    assert model.blocks[0].attn.q.config() == {
+        "kind": "StraightThrough",
+        "bits": 4,
+        "block": 8,
+        "format": "symmetric",
+        "double": False,
+    }
+    before = model(IDS).data
+    merge(model)
+    assert type(model.blocks[0].attn.q) is QuantLinear
+    np.testing.assert_allclose(model(IDS).data, before, rtol=1e-12, atol=1e-12)
+
+
+def test_straight_through_refuses_a_layer_that_cannot_train():
+    with pytest.raises(TypeError, match="expected a Linear with a weight that can train"):
+        StraightThrough(QuantLinear(layer()))
+
+
+# ------------------------------------------------------------------ the recipes
+
+
+def test_quantise_model_replaces_what_matches_and_freezes_the_rest():
+    model, plain = small(), small()
+    assert quantise_model(model, 8, "blocks.*.mlp.*", block="row") is model
+    kinds = {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert kinds == {f"blocks.{i}.mlp.{n}" for i in (0, 1) for n in ("up", "down")}
+    assert not model.trainable()
+    np.testing.assert_allclose(model(IDS).data, plain(IDS).data, atol=0.05)
+
+
+def test_grams_round_a_model_by_what_flows_through_it():
+    model, plain = small(), small()
+    grams = observe(plain, IDS)
+    quantise_model(model, 2, block="row", grams=grams)
+    name = "blocks.0.mlp.up"
+    layers, weights = dict(model.named_modules()), dict(plain.named_modules())
+    w = weights[name].dense()
+    wanted = gptq(w, grams[name], 2, block="row")
+    np.testing.assert_array_equal(layers[name].quantised.packed, wanted.packed)
+    assert (wanted.packed != quantise(w, 2, block="row").packed).any()
+
+
+def untouched(model):
+    modules = {name: id(m) for name, m in model.named_modules()}
+    return modules, {
+        n: (id(p), p.requires_grad, p.data.tobytes()) for n, p in model.named_parameters()
+    }
+
+
+BAD_MODELS = [
+    ({"bits": 0}, ValueError, "bits is 0"),
+    ({"block": 0}, ValueError, "block is 0"),
+    ({"kind": "int4"}, ValueError, "kind is 'int4'"),
+    ({"targets": "blocks.*.w"}, LookupError, "matches no layer of the right kind"),
+]
+
+
+@pytest.mark.parametrize("recipe", [quantise_model, quantise_aware])
+@pytest.mark.parametrize("settings, kind, message", BAD_MODELS, ids=[m for _, _, m in BAD_MODELS])
+def test_a_bad_setting_leaves_the_model_as_it_was(recipe, settings, kind, message):
+    model = small()
+    before = untouched(model)
+    with pytest.raises(kind, match=message):
+        recipe(model, **settings)
+    assert untouched(model) == before
+
+
+@pytest.mark.parametrize("recipe", [quantise_model, quantise_aware])
+def test_ties_adapters_and_broken_weights_are_refused(recipe):
+    tied = small(tied=True)
+    with pytest.raises(ValueError, match="tokens.weight and head.weight are one"):
+        recipe(tied, targets=["blocks.*", "head"])
+    recipe(tied, targets="blocks.*")
+
+    model = lora(small(), rng=rng())
+    before = untouched(model)
+    with pytest.raises(ValueError, match="carries an adapter already; merge or detach it first"):
+        recipe(model)
+    assert untouched(model) == before
+    detach(model)
+    model.blocks[1].mlp.down.weight.data[0, 0] = np.nan
+    before = untouched(model)
+    with pytest.raises(ValueError, match="w is not finite"):
+        recipe(model)
+    assert untouched(model) == before
+
+
+def test_grams_must_name_every_layer_and_fit_its_block():
+    model = small()
+    grams = observe(model, IDS, "blocks.0.*")
+    before = untouched(model)
+    with pytest.raises(LookupError, match="grams has no blocks.1.attn.q; expected one for each"):
+        quantise_model(model, grams=grams, block="row")
+    with pytest.raises(ValueError, match="block is 5; expected a divisor of d_in = 8"):
+        quantise_model(model, targets="blocks.0.*", grams=grams, block=5)
+    assert untouched(model) == before
+
+
+def test_a_quantised_model_cannot_be_quantised_towards_again():
+    model = quantise_model(small(), block=8)
+    before = untouched(model)
+    with pytest.raises(TypeError, match="expected a Linear with a weight that can train"):
+        quantise_aware(model)
+    assert untouched(model) == before
