@@ -3,7 +3,7 @@
 The table of contents, in reading order.
 """
 
-from . import accounting, ops, peft, safetensors, tasks
+from . import accounting, compress, ops, peft, safetensors, tasks
 from .tensor import Node, Tensor, backward, no_grad, record
 from .gradcheck import check_vjp
 from .nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter

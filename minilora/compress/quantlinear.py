@@ -117,14 +117,16 @@ class QuantLinear(Linear):
         return self.quantised.arrays() | bias
 
     @classmethod
-    def restore(cls, arrays, config):
-        """The layer that `arrays()` and `config()` came from.
+    def restore(cls, arrays, config, dtype=None):
+        """The layer that `arrays()` and `config()` came from, in its own dtype or in another.
 
         Raises:
             ValueError: if an array is missing, unknown, or of another shape or dtype than the
                 config says, or if the config holds a bad setting.
         """
-        shape, dtype = tuple(config["shape"]), np.dtype(config["dtype"])
+        shape, dtype = tuple(config["shape"]), np.dtype(dtype or config["dtype"])
+        if "bias" in arrays:
+            arrays = arrays | {"bias": arrays["bias"].astype(dtype)}
         settings = {name: config[name] for name in ("bits", "block", "double")}
         codebook = arrays.get("levels")
         # What is stored has the form of a quantised zero; so it says what to expect.

@@ -1,0 +1,35 @@
+"""Neural-network compression: make the *model* small, where `peft` makes the *update* small.
+
+Pure array functions first, then thin layers that `surgery.replace` puts in place.
+
+family         granularity        saves in a file      saves time      afterwards
+low rank       a matrix           mn -> r (m + n)      if r is small   train the factors
+Tucker         a stack of them    more, if they are    if ranks are    train the shared factors
+                                  alike                small
+quantisation   a weight           32 -> 8 ... 1 bits   not in NumPy    LoRA beside it, or straight
+                                                                       through
+connections    a weight           zeros, by a bitmap   no              train what is left
+neurons, heads a row or column    their share          their share     train what is left
+blocks         a layer            their share          their share     train what is left
+"""
+
+from .observe import observe
+from .factor import rank_for_budget, rank_for_energy, truncated_svd, weighted_svd
+from .tensors import Tucker, hosvd, tensor_train, tt_dense, tucker
+from .lowrank import LowRankLinear, TuckerLinear, low_rank, tucker_layers
+from .levels import kmeans_levels, nf4_levels, pack, unpack
+from .quantise import Quantised, dequantise, kmeans, quantise
+from .gptq import gptq
+from .quantlinear import (
+    QuantLinear,
+    StraightThrough,
+    fake_quantise,
+    quantise_aware,
+    quantise_model,
+)
+from .masks import Masked, magnitude_mask, rewind, sparsify, wanda_mask
+from .prune import block_similarity, drop_blocks, prune_heads, prune_neurons
+from .sparse import break_even_sparsity, from_bitmap, from_indices, to_bitmap, to_indices
+
+# layers that a file may hold
+LAYERS = {kind.__name__: kind for kind in (LowRankLinear, QuantLinear)}

@@ -1,0 +1,257 @@
+"""Layers made of thin factors, and the recipes that put them into a model."""
+
+from fnmatch import fnmatchcase
+from numbers import Real
+
+import numpy as np
+
+from .. import ops
+from ..nn import Linear, Parameter
+from ..peft.lora import _tied, check_plain, is_whole
+from ..surgery import as_patterns, put, replace
+from .factor import _root, rank_for_energy, truncated_svd, weighted_svd
+from .tensors import tucker
+
+# ------------------------------------------------------------------ layers
+
+
+class LowRankLinear(Linear):
+    """y = (x @ right.T) @ left.T + bias: a linear layer of rank r, in r (d_in + d_out) numbers.
+
+    Args:
+        left, right: arrays (d_out, r) and (r, d_in), as `truncated_svd` gives them.
+        bias: an array (d_out,) or None.
+
+    Raises:
+        ValueError: if the shapes do not fit one another.
+    """
+
+    def __init__(self, left, right, bias=None):
+        if np.ndim(left) != 2 or np.ndim(right) != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"left has shape {np.shape(left)}, right {np.shape(right)}; expected (d_out, r) "
+                "and (r, d_in)"
+            )
+        self.left, self.right = Parameter(left), Parameter(right)
+        self.bias = None if bias is None else Parameter(bias)
+
+    @property
+    def d_in(self):
+        """Features that come in."""
+        return self.right.shape[1]
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.left.shape[0]
+
+    def dense(self):
+        """The weight that the factors stand for, a plain array (d_out, d_in)."""
+        return self.left.data @ self.right.data
+
+    def config(self):
+        """What `restore` needs beside `arrays`, for a file."""
+        return {"kind": "LowRankLinear"}
+
+    def arrays(self):
+        """Everything stored, by name: left, right and bias."""
+        return {name: p.data for name, p in self.named_parameters()}
+
+    @classmethod
+    def restore(cls, arrays, config, dtype):
+        """The layer that `arrays()` came from, in a dtype.
+
+        Raises:
+            ValueError: if an array is missing, unknown, or does not fit the others.
+        """
+        if not {"left", "right"} <= arrays.keys() <= {"left", "right", "bias"}:
+            raise ValueError(f"arrays are {sorted(arrays)}; expected left, right and perhaps bias")
+        return cls(**{name: a.astype(dtype) for name, a in arrays.items()})
+
+    def forward(self, x):
+        h = ops.linear(x, self.right)  # (…, d_in) -> (…, r)
+        return ops.linear(h, self.left, self.bias)  # (…, r) -> (…, d_out)
+
+    def __repr__(self):
+        bias = "" if self.bias is not None else ", no bias"
+        return f"LowRankLinear({self.d_in} -> {self.left.shape[1]} -> {self.d_out}{bias})"
+
+
+class TuckerLinear(Linear):
+    """One of n layers that share a Tucker form: W_i = left · (Σ_a mix[i, a] core[a]) · right.
+
+    Args:
+        i: which of the n, from 0.
+        mix, core, left, right: `Parameter`s (n, r1), (r1, r2, r3), (d_out, r2) and (r3, d_in).
+            The n layers hold the same four, so these count once and learn from all.
+        bias: an array (d_out,) or None; of this layer alone.
+
+    Raises:
+        ValueError: if the shapes do not fit one another, or `i` is out of range.
+    """
+
+    def __init__(self, i, mix, core, left, right, bias=None):
+        shapes = [p.shape for p in (mix, core, left, right)]
+        if [len(s) for s in shapes] != [2, 3, 2, 2] or core.shape != (
+            mix.shape[1],
+            left.shape[1],
+            right.shape[0],
+        ):
+            raise ValueError(
+                f"mix, core, left, right have shapes {shapes}; expected (n, r1), (r1, r2, r3), "
+                "(d_out, r2), (r3, d_in)"
+            )
+        if not is_whole(i) or not 0 <= i < len(mix):
+            raise ValueError(f"i is {i!r}; expected a whole number from 0 to {len(mix) - 1}")
+        self.i, self.mix, self.core, self.left, self.right = i, mix, core, left, right
+        self.bias = None if bias is None else Parameter(bias)
+
+    @property
+    def d_in(self):
+        """Features that come in."""
+        return self.right.shape[1]
+
+    @property
+    def d_out(self):
+        """Features that go out."""
+        return self.left.shape[0]
+
+    def dense(self):
+        """The weight that the factors stand for, a plain array (d_out, d_in)."""
+        inner = np.tensordot(self.mix.data[self.i], self.core.data, 1)  # (r2, r3)
+        return self.left.data @ inner @ self.right.data
+
+    def forward(self, x):
+        r1, r2, r3 = self.core.shape
+        own = self.mix[self.i : self.i + 1] @ self.core.reshape(r1, r2 * r3)  # (1, r2 · r3)
+        h = ops.linear(x, self.right)  # (…, d_in) -> (…, r3)
+        h = ops.linear(h, own.reshape(r2, r3))  # (…, r3) -> (…, r2)
+        return ops.linear(h, self.left, self.bias)  # (…, r2) -> (…, d_out)
+
+    def __repr__(self):
+        n, (_, r2, r3) = len(self.mix), self.core.shape
+        bias = "" if self.bias is not None else ", no bias"
+        return (
+            f"TuckerLinear({self.d_in} -> {r3} -> {r2} -> {self.d_out}{bias}, {self.i} of {n} "
+            "that share)"
+        )
+
+
+# ------------------------------------------------------------------ recipes
+
+
+def _plain_layers(model, targets):
+    """The plain linear layers whose names match, after a look at what may not be factored."""
+    check_plain(model)
+    modules, tied = dict(model.named_modules()), _tied(model)
+    layers = {name: modules[name] for name in replace(model, targets, lambda m: m, kind=Linear)}
+    for name, layer in layers.items():
+        if type(layer) is not Linear:
+            raise TypeError(f"{name} is {layer!r}; expected a plain Linear")
+        for p in layer.parameters():
+            if id(p) in tied:
+                raise ValueError(
+                    f"{name} is tied: {' and '.join(tied[id(p)])} are one parameter, so factors "
+                    "on one side would untie it; leave it out of targets"
+                )
+            if not np.isfinite(p.data).all():
+                raise ValueError(f"{name} holds a nan or an infinity; expected finite weights")
+    return layers
+
+
+def _with_bias(new, layer):
+    """`new` with a copy of the bias of `layer`, frozen where that is."""
+    if layer.bias is not None:
+        new.bias = Parameter(layer.bias.data.copy(), layer.bias.requires_grad)
+    return new
+
+
+def _factors(w, r, gram):
+    """left and right for a rank, or for a share of energy: that of the outputs if given a gram."""
+    if isinstance(r, Real) and not is_whole(r) and not isinstance(r, bool) and 0 < r <= 1:
+        r = rank_for_energy(w if gram is None else w @ _root(gram, w.shape[1]), r)
+    return truncated_svd(w, r) if gram is None else weighted_svd(w, gram, r)
+
+
+def low_rank(model, r, targets="blocks.*", *, grams=None):
+    """Put two thin layers in place of each linear layer whose name matches.
+
+    Factors train where the weight trained. They save numbers if r < mn / (m + n).
+
+    Args:
+        model: changed in place.
+        r: the rank; or a share of energy to keep, above 0 and up to 1.0 (1 is rank 1); or a
+            dictionary from patterns to either, which then stand for `targets`; a layer takes the
+            first pattern that it matches.
+        targets: one pattern or several for plain linear layers.
+        grams: what `observe` gave: then the outputs are kept near, by `weighted_svd`, and energy
+            is that of the outputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        LookupError: if a pattern matches no linear layer.
+        TypeError: if a layer is not a plain `Linear`.
+        ValueError: for a bad `r`, for grams that lack a layer or do not fit, for weights that are
+            tied or not finite, or for a model that carries an adapter.
+            In each case the model is left as it was.
+
+    Source: Denton et al. 2014, arXiv 1404.0736; Wang et al. 2024, arXiv 2403.07378.
+    """
+    ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
+    fresh = {}
+    for name, layer in _plain_layers(model, tuple(ranks)).items():
+        if grams is not None and name not in grams:
+            raise ValueError(f"grams lacks {name!r}; expected what observe gives for each layer")
+        rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
+        try:
+            found = _factors(layer.weight.data, rank, None if grams is None else grams[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        fresh[name] = _with_bias(LowRankLinear(*found), layer)
+        for p in (fresh[name].left, fresh[name].right):
+            p.requires_grad = layer.weight.requires_grad
+    for name, layer in fresh.items():
+        put(model, name, layer)
+    return model
+
+
+def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
+    """Stack equal-shaped layers, (n, d_out, d_in), fit one Tucker and share it between them.
+
+    Together they hold n·r1 + r1·r2·r3 + d_out·r2 + r3·d_in numbers beside their biases.
+
+    Args:
+        model: changed in place; the factors train if the weights did.
+        ranks: (r1, r2, r3), for layers, outputs and inputs.
+        targets: one pattern or several for plain linear layers, stacked in the model's order.
+
+    Returns:
+        The model.
+
+    Raises:
+        LookupError: if a pattern matches no linear layer.
+        TypeError: if a layer is not a plain `Linear`.
+        ValueError: for bad `ranks`, for layers of several shapes or only some of which are
+            frozen, for weights that are tied or not finite, or for a model that carries an
+            adapter. In each case the model is left as it was.
+
+    Source: Tucker 1966; Kolda & Bader 2009, "Tensor decompositions and applications", section 4.
+    """
+    layers = _plain_layers(model, targets)
+    weights = [layer.weight for layer in layers.values()]
+    if len({w.shape for w in weights}) > 1:
+        shapes = ", ".join(f"{name} {layer.weight.shape}" for name, layer in layers.items())
+        raise ValueError(f"targets hit layers of several shapes: {shapes}; expected one shape")
+    if len({w.requires_grad for w in weights}) > 1:
+        raise ValueError("targets hit frozen layers and others; expected all or none to train")
+    found = tucker(np.stack([w.data for w in weights]), ranks)  # of (n, d_out, d_in)
+    mix, left, right = found.factors
+    shared = [
+        Parameter(part, weights[0].requires_grad)
+        for part in (mix, found.core, left, np.ascontiguousarray(right.T))  # right (r3, d_in)
+    ]
+    for i, (name, layer) in enumerate(layers.items()):
+        put(model, name, _with_bias(TuckerLinear(i, *shared), layer))
+    return model
