@@ -154,6 +154,17 @@ def best_rates(rows):
     return {at: lr for at, (_, lr) in best.items()}
 
 
+def settled(rows):
+    """The tuning runs, and of the others those at the best rate: a wider choice may change it."""
+    best = best_rates(rows)
+    return [
+        row
+        for row in rows
+        if row["seed"] == TUNING_SEED
+        or row["lr"] == best[row["task"], row["method"], row["budget"]]
+    ]
+
+
 def measured(best):
     """The runs that count, as arguments of `run`: five seeds at the best rate."""
     return [(*at, lr, seed) for at, lr in best.items() for seed in SEEDS]
@@ -211,6 +222,7 @@ def main(argv=None):
     rows = load(args.out)
     try:
         work(tuning(names, methods), rows, args.out, args.jobs, "choosing rates")
+        rows = settled(rows)
         best = {
             at: lr for at, lr in best_rates(rows).items() if at[0] in names and at[1] in methods
         }

@@ -83,6 +83,7 @@ def test_the_best_rate_is_the_best_by_score_then_by_loss():
         ]
     ]
     assert compare.best_rates(rows) == {("t", "m", "b"): 3}
+    assert compare.settled(rows) == rows[:4]  # the run at rate 1 no longer counts
 
 
 def test_a_run_is_repeatable_and_scored_on_the_set_of_its_seed():
