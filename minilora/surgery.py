@@ -212,8 +212,10 @@ class Count(NamedTuple):
 def count(model, quiet=False):
     """Count the parameters, and print the line that users of PEFT know unless `quiet`."""
     parameters = model.parameters()
+    packed = sum(getattr(module, "packed_size", 0) for _, module in model.named_modules())
     found = Count(
-        sum(p.size for p in parameters if p.requires_grad), sum(p.size for p in parameters)
+        sum(p.size for p in parameters if p.requires_grad),
+        sum(p.size for p in parameters) + packed,  # quantised weights are no parameters
     )
     if not quiet:
         print(found)

@@ -27,6 +27,7 @@ from .quantlinear import (
     quantise_aware,
     quantise_model,
 )
+from .loftq import loftq
 from .masks import Masked, magnitude_mask, rewind, sparsify, wanda_mask
 from .prune import block_similarity, drop_blocks, prune_heads, prune_neurons
 from .sparse import break_even_sparsity, from_bitmap, from_indices, to_bitmap, to_indices

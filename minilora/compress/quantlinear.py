@@ -61,6 +61,11 @@ class QuantLinear(Linear):
         return self.quantised.shape[0]
 
     @property
+    def packed_size(self):
+        """How many weights the codes stand for."""
+        return self.d_out * self.d_in
+
+    @property
     def nbytes(self):
         """The bytes of what is stored, the bias included."""
         return self.quantised.nbytes + (0 if self.bias is None else self.bias.data.nbytes)

@@ -251,7 +251,8 @@ def lora(
         alpha, dropout, rslora, rng: as for `LoRA`.
         targets: one pattern or several for `Linear` and `Embedding` layers; `blocks.*` is every
             linear layer of the blocks, `*` the head and the tables too.
-        variant: `LoRA`, `DoRA` or `PiSSA`; the last two are for linear layers only.
+        variant: `LoRA`, `DoRA` or `PiSSA`, or a function that makes one of them of a layer; all
+            but `LoRA` are for linear layers only.
 
     Returns:
         The model.
