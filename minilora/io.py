@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import peft, safetensors, tasks
-from .nn import Embedding
+from . import compress, peft, safetensors, tasks
+from .nn import Embedding, Linear
 from .surgery import freeze, put, wrappers
 from .transformer import Transformer
 
@@ -22,13 +22,43 @@ MODEL, ADAPTER = "minilora model 1", "minilora adapter 1"
 def save_model(model, path):
     """Write a whole `Transformer` to one file. Atomic: a crash leaves the old file whole.
 
+    Compressed layers are written as they are stored, and a matrix with so many zeros that a
+    bitmap makes it smaller as bitmap and values: the file is as small as the model is.
+
     Raises:
         ValueError: if the model carries an adapter: merge or detach it first.
+        TypeError: if a layer has no form for a file, such as one that shares its factors.
     """
     if wrappers(model):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
     arrays = {name: p.data for name, p in model.named_parameters()}
-    safetensors.write(path, arrays, {"format": MODEL, "config": json.dumps(model.config)})
+    layers, sparse = {}, {}
+    for name, layer in model.named_modules():
+        if type(layer).__name__ in compress.LAYERS:
+            arrays = {k: a for k, a in arrays.items() if not k.startswith(f"{name}.")}
+            arrays |= {f"{name}.{k}": a for k, a in layer.arrays().items()}
+            layers[name] = layer.config()
+        elif isinstance(layer, Linear) and type(layer) is not Linear:
+            raise TypeError(f"save_model: {name} is {layer!r}, which has no form for a file")
+    for name, a in list(arrays.items()):
+        if a.ndim == 2 and a.dtype.kind == "f" and name.endswith(".weight"):
+            zeros = 1 - np.count_nonzero(a) / a.size
+            if zeros > compress.break_even_sparsity(8 * a.itemsize):
+                sparse[name] = list(arrays.pop(name).shape)
+                arrays[f"{name}.bits"], arrays[f"{name}.values"] = compress.to_bitmap(a)
+    metadata = {"format": MODEL, "config": json.dumps(model.config)}
+    smaller = {}  # what pruning has made smaller than the configuration says
+    for i, block in enumerate(model.blocks):
+        sizes = {
+            "n_head": block.attn.n_head,
+            "width": block.attn.o.d_in,
+            "inner": block.mlp.down.d_in,
+        }
+        if sizes != _sizes(model.config):
+            smaller[i] = sizes
+    extras = {"layers": layers, "sparse": sparse, "smaller": smaller}
+    metadata |= {key: json.dumps(value) for key, value in extras.items() if value}
+    safetensors.write(path, arrays, metadata)
 
 
 def load_model(path, dtype=None):
@@ -42,8 +72,18 @@ def load_model(path, dtype=None):
     """
     arrays, metadata = _read(path, MODEL)
     config = _json(path, metadata, "config")
+    extras = {
+        key: _json(path, metadata, key) if key in metadata else {}
+        for key in ("layers", "sparse", "smaller")
+    }
+    try:
+        for name, shape in extras["sparse"].items():
+            bits, values = arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.values")
+            arrays[name] = compress.from_bitmap(bits, values, shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the bitmap of {name} cannot be read: {error}") from None
     if dtype is None:
-        dtype = next(iter(arrays.values())).dtype if arrays else np.float32
+        dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
     sizes = [np.shape(arrays.get(f"{table}.weight")) for table in ("tokens", "positions")]
     n, d = config.get("n_layer"), config.get("n_embd")
     expected = [(config.get("vocab_size"), d), (config.get("n_positions"), d)]
@@ -54,8 +94,56 @@ def load_model(path, dtype=None):
         model = Transformer(**config, rng=np.random.default_rng(0), dtype=dtype)
     except (TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: the configuration makes no model: {error}") from None
-    _fill(path, dict(model.named_parameters()), arrays)
+    try:
+        restored = _compressed(model, arrays, extras["layers"], extras["smaller"], dtype)
+    except (AttributeError, IndexError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its compressed layers cannot be made: {error}") from None
+    own = dict(model.named_parameters())
+    _fill(path, {k: p for k, p in own.items() if not k.startswith(restored)}, arrays)
     return model
+
+
+def _sizes(config):
+    """The sizes inside each block of an unpruned model."""
+    d = config["n_embd"]
+    return {"n_head": config["n_head"], "width": d, "inner": 4 * d}
+
+
+def _compressed(model, arrays, layers, smaller, dtype):
+    """Make the blocks as small as `smaller` says, then put in the layers that are compressed.
+
+    Takes what those need out of `arrays`. Returns the start of the names of their parameters.
+    """
+    d = model.config["n_embd"]
+    for i, sizes in smaller.items():
+        full, attn, mlp = _sizes(model.config), model.blocks[int(i)].attn, model.blocks[int(i)].mlp
+        n_head, width, inner = (sizes[key] for key in full)
+        for key in full:
+            if not isinstance(sizes[key], int) or not 1 <= sizes[key] <= full[key]:
+                raise ValueError(f"{key} is {sizes[key]!r}; expected 1 to {full[key]}")
+        if width % n_head:
+            raise ValueError(f"n_head is {n_head}; expected a divisor of {width}")
+        blank = lambda *shape: Linear.of(np.zeros(shape, dtype), np.zeros(shape[0], dtype))  # noqa: E731
+        attn.n_head, attn.o, mlp.up, mlp.down = (
+            n_head,
+            blank(d, width),
+            blank(inner, d),
+            blank(d, inner),
+        )
+        for part in "qkv":
+            setattr(attn, part, blank(width, d))
+    modules = dict(model.named_modules())
+    for name, config in layers.items():
+        own = [key for key in arrays if key.startswith(f"{name}.")]
+        own = {key.removeprefix(f"{name}."): arrays.pop(key) for key in own}
+        old = modules[name]
+        if config.get("shape", [old.d_out, old.d_in]) != [old.d_out, old.d_in]:
+            raise ValueError(f"{name} has shape {config['shape']}; expected {old!r}")
+        layer = compress.LAYERS[config["kind"]].restore(own, config, dtype)
+        if (layer.d_in, layer.d_out) != (old.d_in, old.d_out):
+            raise ValueError(f"{name} is {layer!r}; expected {old.d_in} -> {old.d_out}")
+        put(model, name, layer)
+    return tuple(f"{name}." for name in layers)
 
 
 def save_adapter(model, path):
@@ -186,8 +274,13 @@ def _plain(name):
 def _fingerprint(model, trained):
     """A checksum of the weights that are not `trained`, under their names in the plain model."""
     digest = hashlib.sha256()
-    for name, p in sorted((_plain(name), p) for name, p in model.named_parameters()):
+    arrays = {_plain(name): p.data for name, p in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if type(layer).__name__ in compress.LAYERS:
+            arrays |= {f"{_plain(name + '.')}{key}": a for key, a in layer.arrays().items()}
+    for name, a in sorted(arrays.items()):
         if name not in trained:
             digest.update(name.encode())
-            digest.update(p.data.astype("<f4").tobytes())  # the same for a float64 copy
+            # float32, so that a float64 copy has the same
+            digest.update(a.astype("<f4" if a.dtype.kind == "f" else a.dtype).tobytes())
     return digest.hexdigest()

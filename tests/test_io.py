@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from minilora import (
     Transformer,
+    compress,
     detach,
     freeze,
     full,
@@ -493,3 +494,193 @@ def test_each_task_has_its_evaluation_set(task):
 def test_an_unknown_evaluation_set_is_refused_with_the_list():
     with pytest.raises(ValueError, match="task is 'srot'; expected one of copy, "):
         load_eval("srot")
+
+
+# ------------------------------------------------------------------ compressed models
+
+
+def pruned(model):
+    compress.prune_neurons(model, 0.5)
+    return compress.prune_heads(model, 1, "blocks.1.attn")
+
+
+def sparse(model):
+    return merge(compress.sparsify(model, 0.7))
+
+
+def both_ways(model):
+    return compress.quantise_model(pruned(model), 3, block=8, kind="affine")
+
+
+COMPRESSED = {
+    "pruned": pruned,
+    "fewer blocks": lambda m: compress.drop_blocks(m, 0),
+    "sparse": sparse,
+    "low rank": lambda m: compress.low_rank(m, 2),
+    "4 bits": lambda m: compress.quantise_model(m, 4),
+    "nf4, double": lambda m: compress.quantise_model(m, 4, kind="nf4", double=True, block=8),
+    "pruned, then 3 bits": both_ways,
+    "only some layers": lambda m: compress.quantise_model(m, 2, "blocks.*.attn.[qk]", block="row"),
+}
+compressed = pytest.mark.parametrize("recipe", COMPRESSED.values(), ids=COMPRESSED)
+
+
+@both
+@compressed
+def test_a_compressed_model_comes_back_the_same(tmp_path, dtype, recipe):
+    model, path = recipe(small(dtype=dtype)), tmp_path / "m"
+    save_model(model, path)
+    again = load_model(path)
+    np.testing.assert_array_equal(again(IDS).data, model(IDS).data)
+    assert again(IDS).dtype == dtype
+    assert [n for n, _ in again.named_modules()] == [n for n, _ in model.named_modules()]
+    other = np.float64 if dtype == np.float32 else np.float32
+    converted = load_model(path, other)(IDS)
+    assert converted.dtype == other
+    np.testing.assert_allclose(converted.data, model(IDS).data, atol=1e-5)
+    first = path.read_bytes()
+    save_model(again, path)
+    assert path.read_bytes() == first
+
+
+@compressed
+def test_a_compressed_file_is_smaller_by_what_was_taken_away(tmp_path, recipe):
+    def data_bytes(model):
+        save_model(model, tmp_path / "m")
+        return sum(a.nbytes for a in load_file(tmp_path / "m").values())
+
+    model = small(n_embd=32, n_head=4)
+    before = data_bytes(model)
+    recipe(model)
+    if recipe is sparse:  # a bit for each weight, and what is not zero
+        weights = [m.weight.data for n, m in model.named_modules() if ".attn." in n or ".mlp." in n]
+        saved = sum(w.nbytes - 4 * np.count_nonzero(w) - w.size // 8 for w in weights)
+    else:
+        old = sum(p.data.nbytes for p in small(n_embd=32, n_head=4).parameters())
+        new = sum(p.data.nbytes for p in model.parameters())
+        new += sum(
+            m.nbytes - (m.bias.data.nbytes if m.bias is not None else 0)
+            for _, m in model.named_modules()
+            if isinstance(m, compress.QuantLinear)
+        )
+        saved = old - new
+    assert saved > 0 and before - data_bytes(model) == saved
+
+
+def test_a_layer_without_a_form_for_a_file_is_refused(tmp_path):
+    model = compress.tucker_layers(small(), (4, 8, 8))
+    with pytest.raises(TypeError, match=r"blocks.0.attn.q is TuckerLinear.*no form for a file"):
+        save_model(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="carries an adapter"):
+        save_model(compress.sparsify(small(), 0.5), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def change_json(key, change):
+    def apply(arrays, metadata):
+        value = json.loads(metadata[key])
+        change(value)
+        metadata[key] = json.dumps(value)
+
+    return apply
+
+
+BROKEN = {
+    "an inner size above the model's": (
+        pruned,
+        change_json("smaller", lambda v: v["0"].update(inner=10**9)),
+        "inner is 1000000000; expected 1 to 32",
+    ),
+    "a size that is no number": (
+        pruned,
+        change_json("smaller", lambda v: v["1"].update(width="4")),
+        "width is '4'; expected 1 to 8",
+    ),
+    "heads that do not divide": (
+        pruned,
+        change_json("smaller", lambda v: v["0"].update(width=7)),
+        "n_head is 2; expected a divisor of 7",
+    ),
+    "a size that does not fit the arrays": (
+        pruned,
+        change_json("smaller", lambda v: v["0"].update(inner=5)),
+        r"has shape \(16, 8\); this model expects \(5, 8\)|down.weight has shape",
+    ),
+    "a size missing": (
+        pruned,
+        change_json("smaller", lambda v: v["0"].pop("inner")),
+        "compressed layers cannot be made: 'inner'",
+    ),
+    "a block that is not there": (
+        pruned,
+        change_json("smaller", lambda v: v.update({"7": v["0"]})),
+        "compressed layers cannot be made",
+    ),
+    "a layer that is not there": (
+        COMPRESSED["4 bits"],
+        change_json("layers", lambda v: v.update(x=v["blocks.0.attn.q"])),
+        "compressed layers cannot be made",
+    ),
+    "an unknown kind": (
+        COMPRESSED["4 bits"],
+        change_json("layers", lambda v: v["blocks.0.attn.q"].update(kind="Linear8")),
+        "compressed layers cannot be made: 'Linear8'",
+    ),
+    "another size": (
+        COMPRESSED["4 bits"],
+        change_json("layers", lambda v: v["blocks.0.attn.q"].update(shape=[4, 16])),
+        r"blocks.0.attn.q has shape \[4, 16\]; expected Linear\(8 -> 8\)",
+    ),
+    "a huge size": (
+        COMPRESSED["4 bits"],
+        change_json("layers", lambda v: v["blocks.0.attn.q"].update(shape=[10**7, 10**7])),
+        r"blocks.0.attn.q has shape \[10000000, 10000000\]; expected",
+    ),
+    "codes missing": (
+        COMPRESSED["4 bits"],
+        lambda arrays, metadata: arrays.pop("blocks.0.attn.q.codes"),
+        "compressed layers cannot be made",
+    ),
+    "factors that do not fit": (
+        COMPRESSED["low rank"],
+        lambda arrays, m: arrays.update({"blocks.0.attn.q.left": np.zeros((8, 3), np.float32)}),
+        "compressed layers cannot be made: left has shape",
+    ),
+    "factors of another layer": (
+        COMPRESSED["low rank"],
+        lambda arrays, m: arrays.update({"blocks.0.attn.q.left": np.zeros((9, 2), np.float32)}),
+        "compressed layers cannot be made: .*expected 8 -> 8",
+    ),
+    "values missing": (
+        sparse,
+        lambda arrays, metadata: arrays.pop("blocks.0.attn.q.weight.values"),
+        "the bitmap of blocks.0.attn.q.weight cannot be read",
+    ),
+    "too few values": (
+        sparse,
+        lambda arrays, m: arrays.update({"blocks.0.attn.q.weight.values": np.zeros(1, "f4")}),
+        "the bitmap of blocks.0.attn.q.weight cannot be read",
+    ),
+    "a shape that does not fit the bits": (
+        sparse,
+        change_json("sparse", lambda v: v.update({"blocks.0.attn.q.weight": [10**9, 10**9]})),
+        "the bitmap of blocks.0.attn.q.weight cannot be read",
+    ),
+    "another shape of as many": (
+        sparse,
+        change_json("sparse", lambda v: v.update({"blocks.0.attn.q.weight": [4, 16]})),
+        r"blocks.0.attn.q.weight has shape \(4, 16\); this model expects \(8, 8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe, change, message", BROKEN.values(), ids=BROKEN)
+def test_a_damaged_compressed_model_is_refused(tmp_path, recipe, change, message):
+    path = tmp_path / "m"
+    save_model(recipe(small()), path)
+    arrays, metadata = safetensors.read(path)
+    change(arrays, metadata)
+    safetensors.write(path, arrays, metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
