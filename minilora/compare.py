@@ -230,6 +230,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nstopped; {len(rows)} runs are in {args.out}: the same command goes on from there")
         return 130
+    if (args.out.parent / "SHA256SUMS").exists():
+        io.write_sums(args.out.parent)
     print(f"{len(rows)} runs are in {args.out}")
     return 0
 

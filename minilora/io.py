@@ -231,6 +231,13 @@ def load_eval(task):
     return safetensors.read(DATA / "eval.safetensors")[0][task].astype(np.int64)
 
 
+def write_sums(folder):
+    """Write `SHA256SUMS`: a checksum for each data file in a folder. Run it after each change."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="ascii", newline="\n")
+
+
 def _read(path, expected):
     arrays, metadata = safetensors.read(path)
     found = metadata.get("format")

@@ -5,7 +5,6 @@ evaluation set for each task, the history of its training, and checksums.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -69,9 +68,7 @@ def main(argv=None):
         "exact_match": history.scores,  # (step, {skill: share of answers right})
     }
     (out / "history.json").write_text(json.dumps(story) + "\n")
-    names = ["base.safetensors", "eval.safetensors", "history.json"]
-    sums = [f"{hashlib.sha256((out / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
-    (out / "SHA256SUMS").write_text("".join(sums))
+    io.write_sums(out)
 
     for task, ids in sets.items():
         _, letters, exact = evaluate(model, ids)

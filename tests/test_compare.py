@@ -1,5 +1,6 @@
 """The comparison: fair points, rates chosen on other data, and runs that survive Ctrl-C."""
 
+import hashlib
 import json
 from concurrent.futures import Future
 
@@ -113,8 +114,11 @@ def compare_history():
 
 def test_all_runs_are_made_once_and_the_file_says_what_made_them(brief, tmp_path, capsys):
     path = tmp_path / "runs.json"
+    (tmp_path / "SHA256SUMS").write_text("of an older file")
     argv = ["--out", str(path), "--tasks", TASK, "--jobs", "1"]
     assert compare.main(argv) == 0
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (tmp_path / "SHA256SUMS").read_text() == f"{digest}  runs.json\n"
     story = json.loads(path.read_text())
     points = 3 + 1  # three budgets of LoRA+, and BitFit's own
     assert len(story["runs"]) == points * (2 + len(SEEDS))
@@ -151,3 +155,17 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
     assert compare.main(argv) == 0
     assert len(compare.load(path)) == 2 + len(SEEDS)
     assert all(row in compare.load(path) for row in kept)
+
+
+def test_the_stored_comparison_is_whole():
+    rows = compare.load(io.DATA / "compare.json")
+    assert rows == compare.settled(rows) and len({compare.key(row) for row in rows}) == len(rows)
+    wanted = {tuple(args) for args in compare.tuning(list(compare.tasks.NEW_SKILLS), METHODS)}
+    assert {compare.key(row) for row in rows if row["seed"] == TUNING_SEED} == wanted
+    counted = {tuple(args) for args in compare.measured(compare.best_rates(rows))}
+    assert {compare.key(row) for row in rows if row["seed"] != TUNING_SEED} == counted
+    story = json.loads((io.DATA / "compare.json").read_text())
+    assert (story["steps"], story["batch_size"]) == (compare.STEPS, compare.BATCH)
+    for row in rows:
+        assert row["size"] == dict(compare.points(row["method"]))[row["budget"]]
+        assert 0 <= row["exact"] <= row["letters"] <= 1 or row["loss"] is None
