@@ -1,4 +1,7 @@
-"""The main job, `python -m minilora`: teach a frozen model a new skill, and count what it cost."""
+"""The main job, `python -m minilora`: teach a frozen model a new skill, and count what it cost.
+
+With `--methods compression` it makes the base small instead, and counts what is left of its skills.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import io, ops, peft, surgery, tasks
+from . import compress, io, ops, peft, surgery, tasks
 from .tensor import no_grad
 from .train import evaluate, fit
 
@@ -28,6 +31,21 @@ METHODS = {
     "adapter": (lambda model, r, rng: peft.adapter(model, 17 * r // 4, rng=rng), 1e-2, 0),
     "prefix": (lambda model, r, rng: peft.prefix(model, 9 * r, rng=rng), 1e-1, 9),
     "prompt": (lambda model, r, rng: peft.prompt(model, 4 * r, rng=rng), 1e-1, 4),
+}
+
+
+# method -> recipe, which takes (model, grams): what `observe` saw of the inputs of each layer
+COMPRESSION = {
+    "8-bit": lambda model, grams: compress.quantise_model(model, 8),
+    "4-bit": lambda model, grams: compress.quantise_model(model, 4),
+    "nf4": lambda model, grams: compress.quantise_model(model, 4, kind="nf4", double=True),
+    "3-bit gptq": lambda model, grams: compress.quantise_model(model, 3, grams=grams),
+    "2-bit": lambda model, grams: compress.quantise_aware(model, 2),
+    "low rank": lambda model, grams: compress.low_rank(model, 16, grams=grams),
+    "zeros": lambda model, grams: compress.sparsify(model, 0.7, scope="global"),
+    "neurons": lambda model, grams: compress.prune_neurons(model, 0.5, grams=grams),
+    "heads": lambda model, grams: compress.prune_heads(model, 3),
+    "blocks": lambda model, grams: compress.drop_blocks(model, 1),
 }
 
 
@@ -79,6 +97,96 @@ def run(method, task, rank, steps, seed):
         "stays": stays,
         "interrupted": history.interrupted,
     }
+
+
+def skills(model):
+    """The mean over the base's skills of the share of exact answers, and of letters."""
+    scores = [evaluate(model, io.load_eval(task)) for task in tasks.SKILLS]
+    exact = np.mean([score.exact_match for score in scores])
+    return float(exact), float(np.mean([score.token_accuracy for score in scores]))
+
+
+def flops(model):
+    """Multiplications in the matrix products of one forward pass."""
+    with ops.count_gemms() as log, no_grad():
+        model(np.zeros((1, tasks.N_POSITIONS), int))
+    return sum(batch * m * k * n for batch, m, k, n in log)
+
+
+def file_size(model):
+    """The bytes of a model's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        io.save_model(model, path)
+        return path.stat().st_size
+
+
+def squeeze(method, steps, seed):
+    """Compress the base by one method, then train what is left on the base's own skills.
+
+    Returns:
+        A dictionary: the row of the table.
+    """
+    base, model = io.load_base(np.float32), io.load_base(np.float32)
+    seen = tasks.sample(list(tasks.SKILLS), 500, np.random.default_rng(seed))
+    COMPRESSION[method](model, compress.observe(base, seen[:, :-1]))
+    before, history = skills(model), None
+    if model.trainable():
+        history = fit(
+            model, list(tasks.SKILLS), steps=steps, lr=1e-3, seed=seed, label=f"{method:10}"
+        )
+    if surgery.wrappers(model):
+        surgery.merge(model)
+    size, whole = file_size(model), file_size(base)
+    return {
+        "method": method,
+        "bytes": size,
+        "share": size / whole,
+        "flops": flops(model) / flops(base),
+        "before": before,
+        "after": skills(model) if history else None,
+        "interrupted": bool(history and history.interrupted),
+    }
+
+
+def small_table(rows):
+    """The rows of `squeeze` as text, one line a method."""
+    head = (
+        f"{'method':12}{'bytes':>9}{'share':>8}{'FLOPs':>8}{'exact match':>18}{'letters right':>18}"
+    )
+    lines = [head, f"{'':37}" + f"{'at once -> trained':>18}" * 2]
+    for row in rows:
+        line = f"{row['method']:12}{row['bytes']:9,}{row['share']:8.1%}{row['flops']:8.1%}"
+        for i in (0, 1):
+            after = f"{row['after'][i]:6.1%}" if row["after"] else "     -"
+            line += f"{row['before'][i]:8.1%} -> {after}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def compression(steps, seed, out):
+    """Run all of COMPRESSION, print the table and save the picture; returns the exit code."""
+    exact, _ = skills(io.load_base(np.float32))
+    print(f"The base knows {', '.join(tasks.SKILLS)}: {exact:.1%} of its answers are exact.")
+    print(f"Its file has {file_size(io.load_base(np.float32)):,} bytes. How small can it be?\n")
+    rows = []
+    for method in COMPRESSION:
+        rows.append(squeeze(method, steps, seed))
+        if rows[-1]["interrupted"]:
+            break
+    print(f"\n{small_table(rows)}\n")
+    print(f"Trained: {steps} steps on the same skills, where there are weights that can train.")
+    print("Fewer bits and zeros save bytes and no FLOPs; what is cut out saves both.")
+    from . import plots
+
+    fig = plots.accuracy(
+        [(r["method"], r["bytes"], (r["after"] or r["before"])[0]) for r in rows],
+        "the base's five skills, compressed",
+        unit="bytes of the file",
+    )
+    fig.savefig(out, dpi=100)
+    print(f"The picture is in {out}. Now open notebooks/18_lora_or_compression.ipynb.")
+    return 130 if rows[-1]["interrupted"] else 0
 
 
 def table(rows):
@@ -145,9 +253,10 @@ def main(argv=None):
     )
     parser.add_argument(
         "--methods",
-        type=one_of(METHODS),
+        type=one_of([*METHODS, "compression"]),
         default=list(METHODS),
-        help=f"which methods, with commas between: {','.join(METHODS)} (all)",
+        help=f"which methods, with commas between: {','.join(METHODS)} (all); or compression: make "
+        "the base small instead, and score its own skills",
     )
     parser.add_argument("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
     parser.add_argument("--steps", type=whole(1, 100000), default=300, help="training steps (300)")
@@ -165,6 +274,11 @@ def main(argv=None):
         parser.error(f"argument --out: {str(args.out)!r} is a folder; expected a file's name")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"argument --out: there is no folder {str(args.out.parent)!r}")
+
+    if "compression" in args.methods:
+        if len(args.methods) > 1:
+            parser.error("argument --methods: compression stands alone, as it has another table")
+        return compression(args.steps, args.seed, args.out)
 
     example = tasks.decode(io.load_eval(task)[0])
     print(f"The base knows {', '.join(tasks.SKILLS)}. The skill to learn: {task}.")

@@ -28,12 +28,12 @@ def new(rows=1, cols=1, *, size=None, **kwargs):
     return plt.subplots(rows, cols, figsize=size, layout="constrained", **kwargs)
 
 
-def accuracy(rows, title=""):
+def accuracy(rows, title="", unit="trainable parameters"):
     """Exact match against trainable parameters, on a logarithmic axis.
 
     Args:
         rows: (method, trainable parameters, exact match from 0 to 1) for each point.
-        title: a sentence.
+        title: a sentence. unit: of the second number, if it is another.
 
     Returns:
         The figure.
@@ -54,12 +54,12 @@ def accuracy(rows, title=""):
             va="top" if high else "bottom",
         )
     if len(rows) > 4:
-        fig.legend(loc="outside right center", title="method (trainable)")
+        fig.legend(loc="outside right center", title=f"method ({unit.split()[0]})")
     ax.set_xscale("log")
     ax.set_xlim(min(r[1] for r in rows) / 4, max(r[1] for r in rows) * 4)
     ax.set_ylim(-5, 105)
     ax.set_yticks(range(0, 101, 20))
-    ax.set(xlabel="trainable parameters (log scale)", ylabel="exact match (%)", title=title)
+    ax.set(xlabel=f"{unit} (log scale)", ylabel="exact match (%)", title=title)
     return fig
 
 

@@ -13,6 +13,7 @@ import pytest
 from minilora import __main__ as program
 from minilora import lora, save_adapter, tasks
 from minilora.io import load_base, load_eval
+from minilora.train import History
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,6 +137,72 @@ def test_after_ctrl_c_the_table_shows_what_was_learnt_and_the_rest_is_left_out(
     assert list(rows(out)) == ["full"]
 
 
+# ------------------------------------------------------------------ compression
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory):
+    """The compression rows, two steps long: the table's rows as words, its words, its picture."""
+    picture = tmp_path_factory.mktemp("main") / "picture.png"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        args = ["--methods", "compression", "--steps", "2", "--out", str(picture)]
+        assert program.main(args) == 0
+    found = {}
+    for line in out.getvalue().splitlines():
+        for name in program.COMPRESSION:
+            if line.startswith(f"{name} "):
+                found[name] = line.removeprefix(name).split()
+    return found, out.getvalue(), picture
+
+
+def test_compression_has_a_row_a_method_and_a_picture(squeezed):
+    found, text, picture = squeezed
+    assert list(found) == list(program.COMPRESSION)
+    assert "99.6% of its answers are exact" in text and "has 420,288 bytes" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(len(row) == 9 for row in found.values())
+
+
+def test_compression_saves_bytes_or_flops_or_both(squeezed):
+    size = {name: int(row[0].replace(",", "")) for name, row in squeezed[0].items()}
+    flops = {name: float(row[2].rstrip("%")) for name, row in squeezed[0].items()}
+    assert all(n < 420_288 for n in size.values())
+    assert size["8-bit"] > size["4-bit"] > size["nf4"] > size["3-bit gptq"] > size["2-bit"]
+    for name in ("8-bit", "4-bit", "nf4", "3-bit gptq", "2-bit", "zeros"):
+        assert flops[name] == 100
+    for name in ("low rank", "neurons", "heads", "blocks"):
+        assert flops[name] < 95
+    assert 45 < flops["blocks"] < 55  # one of two blocks, and the head
+
+
+def test_what_is_quantised_afterwards_does_not_train_and_the_rest_does(squeezed):
+    trained = {name for name, row in squeezed[0].items() if row[5] != "-"}
+    assert trained == {"2-bit", "low rank", "zeros", "neurons", "heads", "blocks"}
+    assert float(squeezed[0]["8-bit"][3].rstrip("%")) > 99
+
+
+def test_zeros_stay_zeros_through_training():
+    row = program.squeeze("zeros", 2, 0)
+    # 70% of 98,304 weights in the blocks are gone: a bit for each, and 4 bytes for those left
+    assert row["bytes"] < 420_288 - 0.65 * 98_304 * 4 + 98_304 / 8
+
+
+def test_after_ctrl_c_the_rows_so_far_are_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        program, "COMPRESSION", {n: program.COMPRESSION[n] for n in ("zeros", "nf4")}
+    )
+
+    def fit(*args, **kwargs):
+        return History(interrupted=True)
+
+    monkeypatch.setattr(program, "fit", fit)
+    args = ["--methods", "compression", "--out", str(tmp_path / "p.png")]
+    assert program.main(args) == 130
+    out = capsys.readouterr().out
+    assert "\nzeros " in out and "\nnf4 " not in out
+
+
 # ------------------------------------------------------------------ help and wrong values
 
 
@@ -150,7 +217,7 @@ def test_help_explains_every_option(capsys):
 
 
 ALL_TASKS = ", ".join(tasks.TASKS)
-ALL_METHODS = ", ".join(program.METHODS)
+ALL_METHODS = ", ".join([*program.METHODS, "compression"])
 
 
 @pytest.mark.parametrize(
@@ -166,6 +233,10 @@ ALL_METHODS = ", ".join(program.METHODS)
         (
             ["--methods", "lora,"],
             f"argument --methods: '' is not known; expected one of {ALL_METHODS}",
+        ),
+        (
+            ["--methods", "lora,compression"],
+            "argument --methods: compression stands alone, as it has another table",
         ),
         (["--rank", "0"], "argument --rank: '0'; expected a whole number from 1 to 64"),
         (["--rank", "65"], "argument --rank: '65'; expected a whole number from 1 to 64"),

@@ -72,6 +72,12 @@ def test_accuracy_takes_more_methods_than_there_are_colours():
     assert labels == [f"m{i} ({1000 + i:,})" for i in range(9)]
 
 
+def test_accuracy_may_be_against_something_else():
+    fig = plots.accuracy([(f"m{i}", 10 + i, 0.5) for i in range(5)], unit="bytes of the file")
+    assert fig.axes[0].get_xlabel() == "bytes of the file (log scale)"
+    assert fig.legends[0].get_title().get_text() == "method (bytes)"
+
+
 def test_losses_are_running_means_at_the_last_step_of_their_window():
     (ax,) = plots.losses({"full": [4.0, 2.0, 0.0, 6.0], "lora": [1.0] * 3}, window=2).axes
     assert lines(ax) == [[[2, 3], [3, 1], [4, 3]], [[2, 1], [3, 1]]]
