@@ -629,7 +629,7 @@ def test_models_that_cannot_be_cut_are_refused_and_left_as_they_were(prune, n, w
     refused(model, f"blocks.2.{part} holds a nan or an infinity; expected finite weights")
     model = small()
     setattr(model.blocks[2], kind, getattr(model.blocks[1], kind))
-    refused(model, "blocks.1.* and blocks.2.* are one parameter, so pruning one side")
+    refused(model, "blocks.1.* and blocks.2.* are one parameter, so to compress one side")
 
 
 # ------------------------------------------------------------------ blocks

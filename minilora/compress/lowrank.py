@@ -9,6 +9,7 @@ from .. import ops
 from ..nn import Linear, Parameter
 from ..peft.lora import _tied, check_plain, is_whole
 from ..surgery import as_patterns, put, replace
+from .checks import check_layer
 from .factor import _root, rank_for_energy, truncated_svd, weighted_svd
 from .tensors import tucker
 
@@ -141,21 +142,12 @@ class TuckerLinear(Linear):
 
 
 def _plain_layers(model, targets):
-    """The plain linear layers whose names match, after a look at what may not be factored."""
+    """The plain linear layers whose names match, after a look at each."""
     check_plain(model)
     modules, tied = dict(model.named_modules()), _tied(model)
     layers = {name: modules[name] for name in replace(model, targets, lambda m: m, kind=Linear)}
     for name, layer in layers.items():
-        if type(layer) is not Linear:
-            raise TypeError(f"{name} is {layer!r}; expected a plain Linear")
-        for p in layer.parameters():
-            if id(p) in tied:
-                raise ValueError(
-                    f"{name} is tied: {' and '.join(tied[id(p)])} are one parameter, so factors "
-                    "on one side would untie it; leave it out of targets"
-                )
-            if not np.isfinite(p.data).all():
-                raise ValueError(f"{name} holds a nan or an infinity; expected finite weights")
+        check_layer(name, layer, tied)
     return layers
 
 

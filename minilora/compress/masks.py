@@ -11,6 +11,7 @@ from .. import ops
 from ..nn import Linear
 from ..peft.lora import _tied, finite, like
 from ..surgery import Wrapper, detached, put, replace, wrappers
+from .checks import check_layer, finite_array
 
 # ------------------------------------------------------------------ which to keep
 
@@ -32,7 +33,7 @@ def magnitude_mask(w, sparsity):
     Source: Han et al. 2015, arXiv 1506.02626, section 3.
     """
     share = _share(sparsity)
-    score = np.abs(_finite(w, "w")).reshape(1, -1)  # (…) -> (1, n)
+    score = np.abs(finite_array(w, "w")).reshape(1, -1)  # (…) -> (1, n)
     return ~_lowest(score, round(share * score.size)).reshape(np.shape(w))  # -> (…)
 
 
@@ -60,7 +61,7 @@ def wanda_mask(w, gram, sparsity):
 
 
 def _wanda(w, gram, w_name="w", gram_name="gram"):
-    w = _finite(w, w_name)
+    w = finite_array(w, w_name)
     if w.ndim != 2:
         raise ValueError(f"{w_name} has shape {w.shape}; expected (d_out, d_in)")
     return np.abs(w) * np.sqrt(np.diagonal(_moments(gram, w.shape[1], gram_name)))  # (d_out, d_in)
@@ -82,13 +83,6 @@ def _share(sparsity):
     return float(sparsity)
 
 
-def _finite(w, name):
-    w = np.asarray(w)
-    if not np.isfinite(w).all():
-        raise ValueError(f"{name} holds a nan or an infinity; expected finite weights")
-    return w
-
-
 def _moments(gram, d, name):
     gram = np.asarray(gram)
     if gram.shape != (d, d):
@@ -103,19 +97,6 @@ def _gram(grams, name, d):
     if name not in grams:
         raise ValueError(f"grams lacks {name!r}; expected what observe gives for each layer pruned")
     return _moments(grams[name], d, f"grams[{name!r}]")
-
-
-def _check_layer(name, layer, tied):
-    """Only a plain layer can be pruned, and only if its numbers are its own."""
-    if type(layer) is not Linear:
-        raise TypeError(f"{name} is {layer!r}; expected a plain Linear")
-    for p in layer.parameters():
-        if id(p) in tied:
-            raise ValueError(
-                f"{name} is tied: {' and '.join(tied[id(p)])} are one parameter, so pruning one "
-                "side would untie it; leave it out of targets"
-            )
-        _finite(p.data, name)
 
 
 # ------------------------------------------------------------------ connections
@@ -212,7 +193,7 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope="layer", grams=None):
         layers = {n: modules[n] for n in replace(model, targets, lambda m: m, kind=Linear)}
     scores = {}
     for name, layer in layers.items():
-        _check_layer(name, layer, tied)
+        check_layer(name, layer, tied)
         if grams is None:
             score = np.abs(layer.weight.data).reshape(1, -1)  # (d_out, d_in) -> (1, n)
         else:

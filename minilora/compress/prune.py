@@ -12,7 +12,8 @@ from ..peft.lora import _tied, check_plain, is_whole, like
 from ..surgery import replace
 from ..tensor import no_grad
 from ..transformer import Attention, Block
-from .masks import _check_layer, _gram, _lowest
+from .checks import check_layer
+from .masks import _gram, _lowest
 
 # ------------------------------------------------------------------ neurons and heads
 
@@ -54,7 +55,7 @@ def _targets(model, targets, kind, parts):
     found = {name: modules[name] for name in replace(model, targets, lambda m: m, kind=kind)}
     for name, module in found.items():
         for part in parts:
-            _check_layer(f"{name}.{part}", getattr(module, part), tied)
+            check_layer(f"{name}.{part}", getattr(module, part), tied)
     return found
 
 

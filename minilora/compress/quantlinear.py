@@ -7,6 +7,7 @@ from ..ops.basic import gemm, linear, shape_error
 from ..peft.lora import _tied, check_plain
 from ..surgery import Wrapper, freeze, replace, unfreeze
 from ..tensor import record
+from .checks import check_layer
 from .gptq import gptq
 from .levels import unpack
 from .quantise import Quantised, dequantise, quantise
@@ -234,20 +235,6 @@ class StraightThrough(Wrapper):
 # ------------------------------------------------------------------ the recipes
 
 
-def _refuse_tied(model):
-    tied = _tied(model)
-
-    def check(layer):
-        for p in vars(layer).values():
-            if id(p) in tied:
-                raise ValueError(
-                    f"a parameter of {layer!r} is tied: {' and '.join(tied[id(p)])} are one, so "
-                    "quantising one side would part them; leave it out of targets, or untie it"
-                )
-
-    return check
-
-
 def quantise_model(
     model,
     bits=4,
@@ -271,15 +258,16 @@ def quantise_model(
 
     Raises:
         LookupError: if a pattern matches no layer, or `grams` lacks one that is to be rounded.
+        TypeError: if a layer is not a plain `Linear`.
         ValueError: for a bad setting, a tied weight, or a model that carries an adapter.
         The model is left as it was.
     """
     check_plain(model)
-    check, names = _refuse_tied(model), {id(m): name for name, m in model.named_modules()}
+    tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
 
     def wrap(layer):
-        check(layer)
         name = names[id(layer)]
+        check_layer(name, layer, tied)
         if grams is not None and name not in grams:
             raise LookupError(f"grams has no {name}; expected one for each layer of targets")
         gram = None if grams is None else grams[name]
@@ -303,15 +291,15 @@ def quantise_aware(model, bits=4, targets="blocks.*", *, block=64, kind="symmetr
 
     Raises:
         LookupError: if a pattern matches no layer.
-        TypeError: if a layer is quantised already.
+        TypeError: if a layer is not a plain `Linear`.
         ValueError: for a bad setting, a tied weight, or a model that carries an adapter.
         The model is left as it was.
     """
     check_plain(model)
-    check = _refuse_tied(model)
+    tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
 
     def wrap(layer):
-        check(layer)
+        check_layer(names[id(layer)], layer, tied)
         return StraightThrough(layer, bits, block=block, kind=kind, double=double)
 
     replace(model, targets, wrap, kind=Linear)
