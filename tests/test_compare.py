@@ -22,7 +22,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(compare, "STEPS", 1)
 
     def run_briefly(*args):
-        return run(*args, steps=1)
+        return run(*args[:-1], steps=1) | {"steps": args[-1]}
 
     run = compare.run
     monkeypatch.setattr(compare, "run", run_briefly)
@@ -85,6 +85,15 @@ def test_the_best_rate_is_the_best_by_score_then_by_loss():
     ]
     assert compare.best_rates(rows) == {("t", "m", "b"): 3}
     assert compare.settled(rows) == rows[:4]  # the run at rate 1 no longer counts
+
+
+def test_scores_are_those_of_one_setting_seed_by_seed():
+    setting = {"task": "t", "method": "m", "budget": "b", "steps": compare.STEPS}
+    rows = [setting | {"seed": seed, "exact": seed / 10, "loss": -seed} for seed in (0, 2, 1)]
+    rows += [rows[1] | other for other in ({"steps": 900}, {"task": "u"}, {"budget": "c"})]
+    assert compare.scores(rows, "t", "m", "b") == [0.1, 0.2]
+    assert compare.scores(rows, "t", "m", "b", "loss") == [-1, -2]
+    assert compare.scores(rows, "t", "m", "b", steps=900) == [0.2]
 
 
 def test_a_run_is_repeatable_and_scored_on_the_set_of_its_seed():
@@ -162,8 +171,10 @@ def test_the_stored_comparison_is_whole():
     assert rows == compare.settled(rows) and len({compare.key(row) for row in rows}) == len(rows)
     wanted = {tuple(args) for args in compare.tuning(list(compare.tasks.NEW_SKILLS), METHODS)}
     assert {compare.key(row) for row in rows if row["seed"] == TUNING_SEED} == wanted
-    counted = {tuple(args) for args in compare.measured(compare.best_rates(rows))}
+    best = compare.best_rates(rows)
+    counted = {tuple(args) for args in compare.measured(best) + compare.longer(best)}
     assert {compare.key(row) for row in rows if row["seed"] != TUNING_SEED} == counted
+    assert {row["method"] for row in rows if row["steps"] == compare.LONG} == set(METHODS)
     story = json.loads((io.DATA / "compare.json").read_text())
     assert (story["steps"], story["batch_size"]) == (compare.STEPS, compare.BATCH)
     for row in rows:
