@@ -152,14 +152,14 @@ def squeeze(method, steps, seed):
 def small_table(rows):
     """The rows of `squeeze` as text, one line a method."""
     head = (
-        f"{'method':12}{'bytes':>9}{'share':>8}{'FLOPs':>8}{'exact match':>18}{'letters right':>18}"
+        f"{'method':12}{'bytes':>9}{'share':>8}{'FLOPs':>8}{'exact match':>21}{'letters right':>21}"
     )
-    lines = [head, f"{'':37}" + f"{'at once -> trained':>18}" * 2]
+    lines = [head, f"{'':37}" + f"{'at once -> trained':>21}" * 2]
     for row in rows:
         line = f"{row['method']:12}{row['bytes']:9,}{row['share']:8.1%}{row['flops']:8.1%}"
         for i in (0, 1):
             after = f"{row['after'][i]:6.1%}" if row["after"] else "     -"
-            line += f"{row['before'][i]:8.1%} -> {after}"
+            line += f"{row['before'][i]:11.1%} -> {after}"
         lines.append(line)
     return "\n".join(lines)
 
