@@ -153,7 +153,15 @@ def save_adapter(model, path):
 
     Raises:
         ValueError: if nothing trains.
+        TypeError: if the model carries a wrapper that `load_adapter` could not put back, such as
+            a mask.
     """
+    for name, wrapper in wrappers(model).items():
+        if type(wrapper).__name__ not in peft.WRAPPERS:
+            raise TypeError(
+                f"save_adapter: {name} is {type(wrapper).__name__}, which is no adapter; merge, "
+                "then save_model"
+            )
     arrays = {_plain(name): p.data for name, p in model.trainable().items()}
     if not arrays:
         raise ValueError("save_adapter: nothing trains in this model, so there is nothing to save")

@@ -576,6 +576,15 @@ def test_a_layer_without_a_form_for_a_file_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "recipe", [lambda m: compress.sparsify(m, 0.5), lambda m: compress.quantise_aware(m, 4)]
+)
+def test_what_could_not_be_loaded_is_not_saved_as_an_adapter(tmp_path, recipe):
+    with pytest.raises(TypeError, match=r"blocks.0.attn.q is \w+, which is no adapter; merge"):
+        save_adapter(recipe(small()), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def change_json(key, change):
     def apply(arrays, metadata):
         value = json.loads(metadata[key])
