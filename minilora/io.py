@@ -229,7 +229,6 @@ def load_base(dtype=np.float64, n_positions=None):
             raise ValueError(f"n_positions is {n_positions}; expected 17 or more")
         table = np.pad(model.positions.dense(), ((0, extra), (0, 0)))  # (17, d) -> (n, d)
         model.positions = Embedding.of(table)
-        model.config["n_positions"] = n_positions
     return model
 
 

@@ -13,11 +13,20 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad)
 
 
+def held(value, name=""):
+    """(dotted name, item) for each module and parameter in an attribute, a list or a dictionary."""
+    if isinstance(value, (Module, Parameter)):
+        yield name, value
+    elif isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from held(item, f"{name}.{key}")
+
+
 class Module:
     """Holds parameters and other modules as attributes, and finds them by dotted names.
 
-    A subclass sets attributes in `__init__` and computes in `forward`. Lists of modules count
-    too: the name of `self.blocks[0].attn.q.weight` is `blocks.0.attn.q.weight`.
+    A subclass sets attributes in `__init__` and computes in `forward`. Lists and dictionaries
+    count too: the name of `self.blocks[0].attn.q.weight` is `blocks.0.attn.q.weight`.
     """
 
     training = False  # only dropout asks; `fit` turns it on while it runs
@@ -25,15 +34,15 @@ class Module:
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
+    def __setattr__(self, name, value):
+        if isinstance(value, tuple) and any(True for _ in held(list(value))):
+            raise TypeError(f"{name} is a tuple of layers or parameters; expected a list")
+        super().__setattr__(name, value)
+
     def children(self):
         """(name, module) for each module held directly; for a list, the name is `list.0`."""
         for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, list):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
+            yield from ((n, item) for n, item in held(value, name) if isinstance(item, Module))
 
     def named_modules(self, prefix=""):
         """(dotted name, module) for this module and all below it, depth first."""
@@ -41,14 +50,19 @@ class Module:
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
+    def own_parameters(self):
+        """(name, parameter) for each parameter held directly."""
+        for name, value in vars(self).items():
+            yield from ((n, item) for n, item in held(value, name) if isinstance(item, Parameter))
+
     def named_parameters(self):
         """(dotted name, parameter), each parameter once: a tied weight under its first name."""
         seen = set()
         for prefix, module in self.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Parameter) and id(value) not in seen:
-                    seen.add(id(value))
-                    yield f"{prefix}.{name}" if prefix else name, value
+            for name, p in module.own_parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield f"{prefix}.{name}" if prefix else name, p
 
     def parameters(self):
         """Every parameter once."""
@@ -106,14 +120,12 @@ class Linear(Module):
         return layer
 
     @property
-    def d_in(self):
-        """Features that come in."""
-        return self.weight.shape[1]
+    def shape(self):
+        """(d_out, d_in) of the weight; with `dense`, what another form of storage must give."""
+        return self.weight.shape
 
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.weight.shape[0]
+    d_out = property(lambda self: self.shape[0], doc="Features that go out.")
+    d_in = property(lambda self: self.shape[1], doc="Features that come in.")
 
     def dense(self):
         """The weight as a plain array (d_out, d_in), whatever form it is stored in."""
@@ -123,7 +135,8 @@ class Linear(Module):
         return ops.linear(x, self.weight, self.bias)  # (…, d_in) -> (…, d_out)
 
     def __repr__(self):
-        return f"Linear({self.d_in} -> {self.d_out}{'' if self.bias is not None else ', no bias'})"
+        bias = "" if self.bias is not None else ", no bias"
+        return f"{type(self).__name__}({self.d_in} -> {self.d_out}{bias})"
 
 
 class Embedding(Module):
@@ -172,11 +185,11 @@ class LayerNorm(Module):
 
 
 class MLP(Module):
-    """up, GELU, down: each position on its own, through `expansion` · d features."""
+    """up, GELU, down: each position on its own, through `d_ff` features, 4 d if not given."""
 
-    def __init__(self, d, *, rng, expansion=4, dtype=np.float32):
-        self.up = Linear(d, expansion * d, rng=rng, dtype=dtype)
-        self.down = Linear(expansion * d, d, rng=rng, dtype=dtype)
+    def __init__(self, d, *, d_ff=None, rng, dtype=np.float32):
+        self.up = Linear(d, d_ff or 4 * d, rng=rng, dtype=dtype)
+        self.down = Linear(d_ff or 4 * d, d, rng=rng, dtype=dtype)
 
     @property
     def d_out(self):

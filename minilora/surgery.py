@@ -8,11 +8,38 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from .nn import Module
+import numpy as np
+
+from .nn import Embedding, Linear, Module
 
 
 class Wrapper(Module):
-    """A module that holds another in `base`, and has its sizes."""
+    """A module that holds another in `base`, and has its sizes.
+
+    One that can be merged has `dense()`, the weight it acts with; another says `why_not_merged`.
+    `settings` names what rebuilds it around its base, for a file.
+    """
+
+    why_not_merged, settings = None, ()
+
+    def config(self):
+        """What rebuilds this wrapper around its base, for a file."""
+        return {"kind": type(self).__name__} | {name: getattr(self, name) for name in self.settings}
+
+    def merged_bias(self):
+        """The bias that the layer acts with, or None."""
+        bias = getattr(self.base, "bias", None)
+        return None if bias is None else bias.data.copy()
+
+    def merged(self):
+        """A new plain layer that computes the same, frozen where the base is."""
+        weight = self.dense()
+        if not np.isfinite(weight).all():
+            raise ValueError("the merged weight would hold a nan or an infinity; training diverged")
+        table = isinstance(self.base, Embedding)
+        return like(
+            self.base, Embedding.of(weight) if table else Linear.of(weight, self.merged_bias())
+        )
 
     @property
     def d_in(self):
@@ -23,6 +50,13 @@ class Wrapper(Module):
     def d_out(self):
         """Features that go out."""
         return self.base.d_out
+
+
+def like(base, layer):
+    """`layer`, frozen where `base` is; a base without that parameter counts as frozen."""
+    for name, p in layer.named_parameters():
+        p.requires_grad = getattr(getattr(base, name, None), "requires_grad", False)
+    return layer
 
 
 def as_patterns(patterns):
@@ -45,39 +79,77 @@ def _matching(names, patterns, what):
 
 
 def put(model, name, module):
-    """Set the module at a dotted name, such as `blocks.0.attn.q`."""
-    *path, last = name.split(".")
+    """Set the module at a dotted name, such as `blocks.0.attn.q`, in the model's training mode."""
+    at, (*path, last) = model, name.split(".")
     for step in path:
-        model = model[int(step)] if isinstance(model, list) else getattr(model, step)
-    if isinstance(model, list):
-        model[int(last)] = module
+        at = at[_key(at, step)] if isinstance(at, (list, dict)) else getattr(at, step)
+    if isinstance(at, (list, dict)):
+        at[_key(at, last)] = module
     else:
-        setattr(model, last, module)
+        setattr(at, last, module)
+    module.train(model.training)
 
 
-def replace(model, patterns, wrap, kind=Module):
-    """Replace every module whose name matches by `wrap(module)`.
+def _key(at, step):
+    return int(step) if isinstance(at, list) else next(key for key in at if str(key) == step)
+
+
+def find(model, patterns, kind=Module):
+    """The modules of a kind whose names match, by name.
 
     Args:
-        model: the module to work on; changed in place.
-        patterns: one pattern or several, matched by `fnmatch`: `blocks.*.attn.[qv]`. A `*`
-            crosses dots, so `blocks.*` is everything in the blocks.
-        wrap: takes the old module and returns the new one. All are called before anything is
-            replaced, so that an error leaves the model as it was.
-        kind: only modules of this class (or tuple of classes) count.
-
-    Returns:
-        The names of the modules replaced.
+        model: to look into.
+        patterns: one or several of `fnmatch`'s: `blocks.*.attn.[qv]`; a `*` crosses dots.
+        kind: a class, a tuple of classes, or the names of what the module must have, such as
+            "up down" for an MLP.
 
     Raises:
         LookupError: if a pattern matches nothing; the message lists near names.
     """
-    modules = {name: m for name, m in model.named_modules() if name and isinstance(m, kind)}
-    hits = _matching(modules, patterns, "module" if kind is Module else "layer of the right kind")
-    fresh = {name: wrap(modules[name]) for name in hits}
-    for name in sorted(hits, key=lambda name: -name.count(".")):  # what is inside goes in first
-        put(model, name, fresh[name])
-    return hits
+    parts = kind.split() if isinstance(kind, str) else ()
+    fits = lambda m: all(hasattr(m, p) for p in parts) if parts else isinstance(m, kind)  # noqa: E731
+    modules = {name: m for name, m in model.named_modules() if name and fits(m)}
+    what = "module" if kind is Module else "layer of the right kind"
+    return {name: modules[name] for name in _matching(modules, patterns, what)}
+
+
+def put_all(model, modules):
+    """Put modules in their places by name, what is inside of another first. Returns the model."""
+    for name in sorted(modules, key=lambda name: -name.count(".")):
+        put(model, name, modules[name])
+    return model
+
+
+def replace(model, patterns, wrap, kind=Module):
+    """Replace every module that `find` finds by `wrap(module)`; returns their names.
+
+    All are wrapped before anything is replaced, so that an error leaves the model as it was.
+    """
+    fresh = {name: wrap(module) for name, module in find(model, patterns, kind).items()}
+    put_all(model, fresh)
+    return list(fresh)
+
+
+def plain(model, patterns, kind=Linear):
+    """What `find` finds, on a model that carries no adapter, if its weights are its own."""
+    if wrappers(model):
+        raise ValueError("this model carries an adapter already; merge or detach it first")
+    found, owners = find(model, patterns, kind), {}
+    for prefix, module in model.named_modules():
+        for name, p in module.own_parameters():
+            owners.setdefault(id(p), []).append(f"{prefix}.{name}")
+    for name, module in found.items():
+        if kind is Linear and type(module) is not Linear:
+            raise TypeError(f"{name} is {module!r}; expected a plain Linear")
+        for part, p in module.named_parameters():
+            if len(owners[id(p)]) > 1 and part.endswith(("weight", "bias")):  # not a Tucker form
+                both = " and ".join(owners[id(p)])
+                raise ValueError(
+                    f"{name} is tied: {both} are one parameter; leave it out of targets"
+                )
+            if not np.isfinite(p.data).all():
+                raise ValueError(f"{name} holds a nan or an infinity; expected finite weights")
+    return found
 
 
 def _set_requires_grad(model, patterns, value):
@@ -102,7 +174,7 @@ def wrappers(model):
     found = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in found)
-        if name and hasattr(module, "base") and not inside:
+        if name and isinstance(module, Wrapper) and not inside:
             found[name] = module
     return found
 
@@ -131,21 +203,25 @@ def merge(model, requantise=None):
     if not found:
         raise ValueError("merge: this model has no wrapper (was it merged or detached before?)")
     for name, wrapper in found.items():
-        if not hasattr(wrapper, "merged"):
-            why = getattr(wrapper, "why_not_merged", "it has no merged()")
-            raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
-    quantised = {name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")}
+        if wrapper.why_not_merged:
+            kind = type(wrapper).__name__
+            raise TypeError(f"merge: {name} ({kind}) cannot be merged: {wrapper.why_not_merged}")
+    quantised = [name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")]
+    if quantised and requantise is None:
+        raise ValueError(
+            f"merge: {quantised[0]}: the base is quantised; say requantise=True or False"
+        )
     if requantise is not None and not quantised:
         raise ValueError(f"merge: requantise is {requantise!r}, but no layer here is quantised")
     fresh = {}
     for name, wrapper in found.items():
         try:
-            fresh[name] = wrapper.merged(requantise) if name in quantised else wrapper.merged()
+            fresh[name] = wrapper.merged()
         except ValueError as error:
             raise ValueError(f"merge: {name}: {error}") from error
-    for name, module in fresh.items():
-        put(model, name, module)
-    return model
+        if requantise and name in quantised:
+            fresh[name] = wrapper.base.requantised(fresh[name])
+    return put_all(model, fresh)
 
 
 def detach(model):

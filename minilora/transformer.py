@@ -3,11 +3,54 @@
 It knows nothing of LoRA or its relatives: they are put in from outside, by `surgery.replace`.
 """
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 
 from . import ops
 from .nn import MLP, Embedding, LayerNorm, Linear, Module
-from .tensor import no_grad
+from .tensor import Tensor, no_grad
+
+_cache = ContextVar("cache", default=None)
+
+
+class Cache(dict):
+    """What each attention has read, module to (keys, values), each (B, past, d): a mode.
+
+    `past` is how many positions were read. Inside `cached()` a model is given only what is new.
+    """
+
+    past = 0
+
+
+@contextmanager
+def cached():
+    """Inside this block attention remembers the keys and values of all that it was given."""
+    token = _cache.set(Cache())
+    try:
+        yield _cache.get()
+    finally:
+        _cache.reset(token)
+
+
+def past():
+    """How many positions the cache holds; 0 outside of `cached()`."""
+    return _cache.get().past if _cache.get() is not None else 0
+
+
+def recall(module, k, v):
+    """The keys and values (B, T, d) of a module after those that it has read before."""
+    cache = _cache.get()
+    if cache is None:
+        return k, v
+    if module in cache:
+        k, v = (
+            Tensor(np.concatenate([old, new.data], 1))
+            for old, new in zip(cache[module], (k, v), strict=True)
+        )
+    cache[module] = k.data, v.data
+    return k, v
 
 
 def attend(q, k, v, n_head, causal=True):
@@ -34,14 +77,14 @@ def attend(q, k, v, n_head, causal=True):
 class Attention(Module):
     """Causal self-attention: x (B, T, d) to (B, T, d), with projections q, k, v and o."""
 
-    def __init__(self, d, n_head, *, rng, dtype=np.float32):
-        if d % n_head:
+    def __init__(self, d, n_head, *, d_head=None, rng, dtype=np.float32):
+        if d_head is None and d % n_head:
             raise ValueError(f"n_head is {n_head}; expected a divisor of the width {d}")
-        self.n_head = n_head
-        self.q = Linear(d, d, rng=rng, dtype=dtype)
-        self.k = Linear(d, d, rng=rng, dtype=dtype)
-        self.v = Linear(d, d, rng=rng, dtype=dtype)
-        self.o = Linear(d, d, rng=rng, dtype=dtype)
+        self.n_head, inner = n_head, n_head * (d_head or d // n_head)
+        self.q = Linear(d, inner, rng=rng, dtype=dtype)
+        self.k = Linear(d, inner, rng=rng, dtype=dtype)
+        self.v = Linear(d, inner, rng=rng, dtype=dtype)
+        self.o = Linear(inner, d, rng=rng, dtype=dtype)
 
     @property
     def d_out(self):
@@ -49,17 +92,18 @@ class Attention(Module):
         return self.o.d_out
 
     def forward(self, x):
-        return self.o(attend(self.q(x), self.k(x), self.v(x), self.n_head))
+        k, v = recall(self, self.k(x), self.v(x))  # (B, past + T, d)
+        return self.o(attend(self.q(x), k, v, self.n_head))
 
 
 class Block(Module):
     """x + attn(norm(x)), then x + mlp(norm(x)): (B, T, d) to (B, T, d)."""
 
-    def __init__(self, d, n_head, *, rng, dtype=np.float32):
+    def __init__(self, d, n_head, *, d_head=None, d_ff=None, rng, dtype=np.float32):
         self.norm1 = LayerNorm(d, dtype=dtype)
-        self.attn = Attention(d, n_head, rng=rng, dtype=dtype)
+        self.attn = Attention(d, n_head, d_head=d_head, rng=rng, dtype=dtype)
         self.norm2 = LayerNorm(d, dtype=dtype)
-        self.mlp = MLP(d, rng=rng, dtype=dtype)
+        self.mlp = MLP(d, d_ff=d_ff, rng=rng, dtype=dtype)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -75,6 +119,8 @@ class Transformer(Module):
         n_embd: the width of the model, d_model in the papers.
         n_head: attention heads; a divisor of `n_embd`.
         n_layer: blocks.
+        d_head, d_ff: features of a head and of an MLP; n_embd / n_head and 4 n_embd if not given.
+            `n_head` and `d_ff` may be lists, a number a block: what pruning leaves.
         tied: whether the head is the token table itself, one parameter for both.
         rng: a `numpy.random.Generator` for the start.
         dtype: float32 or float64.
@@ -90,41 +136,57 @@ class Transformer(Module):
         n_embd=64,
         n_head=4,
         n_layer=2,
+        d_head=None,
+        d_ff=None,
         tied=False,
         rng,
         dtype=np.float32,
     ):
-        self.config = {
-            "vocab_size": vocab_size,
-            "n_positions": n_positions,
-            "n_embd": n_embd,
-            "n_head": n_head,
-            "n_layer": n_layer,
-            "tied": tied,
-        }
-        for name, value in self.config.items():
-            if value < 1 and name != "tied":
-                raise ValueError(f"{name} is {value}; expected 1 or more")
+        heads, inner = (
+            n if isinstance(n, (list, tuple)) else [n] * n_layer for n in (n_head, d_ff)
+        )
         self.tokens = Embedding(vocab_size, n_embd, rng=rng, dtype=dtype)
         self.positions = Embedding(n_positions, n_embd, rng=rng, dtype=dtype)
-        self.blocks = [Block(n_embd, n_head, rng=rng, dtype=dtype) for _ in range(n_layer)]
+        self.blocks = [
+            Block(n_embd, h, d_head=d_head, d_ff=n, rng=rng, dtype=dtype)
+            for h, n in zip(heads, inner, strict=True)
+        ]
         self.norm = LayerNorm(n_embd, dtype=dtype)
         # a small head: at the start all tokens are about equally likely, and the loss about ln V
         self.head = Linear(n_embd, vocab_size, rng=rng, bias=False, std=0.02, dtype=dtype)
         if tied:
             self.head.weight = self.tokens.weight
 
+    @property
+    def config(self):
+        """What builds a model of these shapes, read off its layers, so that surgery counts too."""
+        (vocab_size, d), n_positions = self.tokens.dense().shape, len(self.positions.dense())
+        attn, mlp = [b.attn for b in self.blocks], [b.mlp for b in self.blocks]
+        n_head, inner = [a.n_head for a in attn], [m.up.d_out for m in mlp]
+        d_head = attn[0].o.d_in // n_head[0]
+        found = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": d}
+        found |= {"n_head": n_head if len(set(n_head)) > 1 else n_head[0], "n_layer": len(attn)}
+        found["tied"] = getattr(self.head, "weight", None) is getattr(self.tokens, "weight", 0)
+        if n_head != [d // d_head] * len(attn):
+            found["d_head"] = d_head
+        if inner != [4 * d] * len(attn):
+            found["d_ff"] = inner if len(set(inner)) > 1 else inner[0]
+        return found
+
     def forward(self, ids):
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config["n_positions"]:
-            raise ValueError(
-                f"ids have shape {ids.shape}; expected (B, T) with T from 1 to "
-                f"{self.config['n_positions']}"
-            )
+        ids, before = np.asarray(ids), past()
         x = self.tokens(ids)  # (B, T) -> (B, T, d)
-        x = x + self.positions(np.arange(x.shape[1]))
+        after = before + x.shape[1]
+        if ids.ndim != 2 or not before < after <= len(self.positions.dense()):
+            raise ValueError(
+                f"ids have shape {ids.shape} after {before} positions; expected (B, T) with up to "
+                f"{len(self.positions.dense())} in all"
+            )
+        x = x + self.positions(np.arange(before, after))
         for block in self.blocks:
             x = block(x)
+        if _cache.get() is not None:
+            _cache.get().past = after
         return self.head(self.norm(x))  # (B, T, d) -> (B, T, vocab_size)
 
 
@@ -139,9 +201,9 @@ def generate(model, ids, n):
     Returns:
         Integers (B, T + n).
     """
-    ids = np.asarray(ids)
-    with no_grad():
+    ids = new = np.asarray(ids)
+    with no_grad(), cached():
         for _ in range(n):
-            best = model(ids).data[:, -1].argmax(axis=-1)  # (B, T, V) -> (B,)
-            ids = np.concatenate([ids, best[:, None]], axis=1)  # -> (B, T + 1)
+            new = model(new).data[:, -1].argmax(axis=-1)[:, None]  # (B, T, V) -> (B, 1)
+            ids = np.concatenate([ids, new], axis=1)  # -> (B, T + 1)
     return ids

@@ -36,7 +36,7 @@ from minilora.compress import (
     quantise_model,
     unpack,
 )
-from minilora.compress.levels import nearest
+from minilora.compress.quantise import nearest
 
 IDS = np.random.default_rng(9).integers(7, size=(2, 5))
 NF4 = [  # as published with QLoRA

@@ -17,9 +17,9 @@ from .observe import observe
 from .factor import rank_for_budget, rank_for_energy, truncated_svd, weighted_svd
 from .tensors import Tucker, hosvd, tensor_train, tt_dense, tucker
 from .lowrank import LowRankLinear, TuckerLinear, low_rank, tucker_layers
-from .levels import kmeans_levels, nf4_levels, pack, unpack
+from .quantise import kmeans_levels, nf4_levels, pack, unpack
 from .quantise import Quantised, dequantise, kmeans, quantise
-from .gptq import gptq
+from .quantise import gptq
 from .quantlinear import (
     QuantLinear,
     StraightThrough,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..nn import Linear
-from ..peft.lora import LoRA, is_whole, lora
+from ..peft.lora import LoRA, lora
 from .factor import truncated_svd
 from .quantlinear import QuantLinear
 
@@ -30,12 +30,8 @@ def loftq(model, r=4, bits=4, alpha=8.0, targets="blocks.*", *, iterations=5, rn
 
     Source: Li et al. 2023, arXiv 2310.08659, algorithm 1.
     """
-    if not is_whole(iterations) or iterations < 1:
-        raise ValueError(f"iterations is {iterations!r}; expected a whole number, 1 or more")
 
     def start(base, r, alpha, *, dropout, rslora, rng):
-        if type(base) is not Linear:
-            raise TypeError(f"loftq: the layer is {base!r}; expected a plain Linear")
         w, best = base.dense(), (np.inf,)
         low = np.zeros_like(w)  # scaling · B A
         for _ in range(iterations):

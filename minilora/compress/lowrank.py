@@ -1,16 +1,13 @@
 """Layers made of thin factors, and the recipes that put them into a model."""
 
 from fnmatch import fnmatchcase
-from numbers import Real
 
 import numpy as np
 
 from .. import ops
 from ..nn import Linear, Parameter
-from ..peft.lora import _tied, check_plain, is_whole
-from ..surgery import as_patterns, put, replace
-from .checks import check_layer
-from .factor import _root, rank_for_energy, truncated_svd, weighted_svd
+from ..surgery import as_patterns, plain, put_all
+from .factor import rank_for_energy, root_of, truncated_svd, weighted_svd
 from .tensors import tucker
 
 # ------------------------------------------------------------------ layers
@@ -37,14 +34,9 @@ class LowRankLinear(Linear):
         self.bias = None if bias is None else Parameter(bias)
 
     @property
-    def d_in(self):
-        """Features that come in."""
-        return self.right.shape[1]
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.left.shape[0]
+    def shape(self):
+        """(d_out, d_in) of the weight."""
+        return self.left.shape[0], self.right.shape[1]
 
     def dense(self):
         """The weight that the factors stand for, a plain array (d_out, d_in)."""
@@ -102,20 +94,13 @@ class TuckerLinear(Linear):
                 f"mix, core, left, right have shapes {shapes}; expected (n, r1), (r1, r2, r3), "
                 "(d_out, r2), (r3, d_in)"
             )
-        if not is_whole(i) or not 0 <= i < len(mix):
-            raise ValueError(f"i is {i!r}; expected a whole number from 0 to {len(mix) - 1}")
         self.i, self.mix, self.core, self.left, self.right = i, mix, core, left, right
         self.bias = None if bias is None else Parameter(bias)
 
     @property
-    def d_in(self):
-        """Features that come in."""
-        return self.right.shape[1]
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.left.shape[0]
+    def shape(self):
+        """(d_out, d_in) of the weight."""
+        return self.left.shape[0], self.right.shape[1]
 
     def dense(self):
         """The weight that the factors stand for, a plain array (d_out, d_in)."""
@@ -141,28 +126,11 @@ class TuckerLinear(Linear):
 # ------------------------------------------------------------------ recipes
 
 
-def _plain_layers(model, targets):
-    """The plain linear layers whose names match, after a look at each."""
-    check_plain(model)
-    modules, tied = dict(model.named_modules()), _tied(model)
-    layers = {name: modules[name] for name in replace(model, targets, lambda m: m, kind=Linear)}
-    for name, layer in layers.items():
-        check_layer(name, layer, tied)
-    return layers
-
-
 def _with_bias(new, layer):
     """`new` with a copy of the bias of `layer`, frozen where that is."""
     if layer.bias is not None:
         new.bias = Parameter(layer.bias.data.copy(), layer.bias.requires_grad)
     return new
-
-
-def _factors(w, r, gram):
-    """left and right for a rank, or for a share of energy: that of the outputs if given a gram."""
-    if isinstance(r, Real) and not is_whole(r) and not isinstance(r, bool) and 0 < r <= 1:
-        r = rank_for_energy(w if gram is None else w @ _root(gram, w.shape[1]), r)
-    return truncated_svd(w, r) if gram is None else weighted_svd(w, gram, r)
 
 
 def low_rank(model, r, targets="blocks.*", *, grams=None):
@@ -179,34 +147,20 @@ def low_rank(model, r, targets="blocks.*", *, grams=None):
         grams: what `observe` gave: then the outputs are kept near, by `weighted_svd`, and energy
             is that of the outputs.
 
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no linear layer.
-        TypeError: if a layer is not a plain `Linear`.
-        ValueError: for a bad `r`, for grams that lack a layer or do not fit, for weights that are
-            tied or not finite, or for a model that carries an adapter.
-            In each case the model is left as it was.
-
     Source: Denton et al. 2014, arXiv 1404.0736; Wang et al. 2024, arXiv 2403.07378.
     """
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
     fresh = {}
-    for name, layer in _plain_layers(model, tuple(ranks)).items():
-        if grams is not None and name not in grams:
-            raise ValueError(f"grams lacks {name!r}; expected what observe gives for each layer")
+    for name, layer in plain(model, tuple(ranks)).items():
+        w, gram = layer.weight.data, None if grams is None else grams[name]
         rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
-        try:
-            found = _factors(layer.weight.data, rank, None if grams is None else grams[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        if isinstance(rank, float):
+            rank = rank_for_energy(w if gram is None else w @ root_of(gram), rank)
+        found = truncated_svd(w, rank) if gram is None else weighted_svd(w, gram, rank)
         fresh[name] = _with_bias(LowRankLinear(*found), layer)
         for p in (fresh[name].left, fresh[name].right):
             p.requires_grad = layer.weight.requires_grad
-    for name, layer in fresh.items():
-        put(model, name, layer)
-    return model
+    return put_all(model, fresh)
 
 
 def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
@@ -215,35 +169,19 @@ def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
     Together they hold n·r1 + r1·r2·r3 + d_out·r2 + r3·d_in numbers beside their biases.
 
     Args:
-        model: changed in place; the factors train if the weights did.
+        model: changed in place; the factors train if the first weight did.
         ranks: (r1, r2, r3), for layers, outputs and inputs.
         targets: one pattern or several for plain linear layers, stacked in the model's order.
 
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no linear layer.
-        TypeError: if a layer is not a plain `Linear`.
-        ValueError: for bad `ranks`, for layers of several shapes or only some of which are
-            frozen, for weights that are tied or not finite, or for a model that carries an
-            adapter. In each case the model is left as it was.
-
     Source: Tucker 1966; Kolda & Bader 2009, "Tensor decompositions and applications", section 4.
     """
-    layers = _plain_layers(model, targets)
+    layers = plain(model, targets)
     weights = [layer.weight for layer in layers.values()]
-    if len({w.shape for w in weights}) > 1:
-        shapes = ", ".join(f"{name} {layer.weight.shape}" for name, layer in layers.items())
-        raise ValueError(f"targets hit layers of several shapes: {shapes}; expected one shape")
-    if len({w.requires_grad for w in weights}) > 1:
-        raise ValueError("targets hit frozen layers and others; expected all or none to train")
     found = tucker(np.stack([w.data for w in weights]), ranks)  # of (n, d_out, d_in)
     mix, left, right = found.factors
     shared = [
         Parameter(part, weights[0].requires_grad)
         for part in (mix, found.core, left, np.ascontiguousarray(right.T))  # right (r3, d_in)
     ]
-    for i, (name, layer) in enumerate(layers.items()):
-        put(model, name, _with_bias(TuckerLinear(i, *shared), layer))
-    return model
+    named = enumerate(layers.items())
+    return put_all(model, {n: _with_bias(TuckerLinear(i, *shared), m) for i, (n, m) in named})

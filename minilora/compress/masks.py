@@ -3,15 +3,10 @@
 In each case the lowest scores go, and of equal ones those that come first.
 """
 
-from numbers import Real
-
 import numpy as np
 
 from .. import ops
-from ..nn import Linear
-from ..peft.lora import _tied, finite, like
-from ..surgery import Wrapper, detached, put, replace, wrappers
-from .checks import check_layer, finite_array
+from ..surgery import Wrapper, detached, plain, put_all, wrappers
 
 # ------------------------------------------------------------------ which to keep
 
@@ -27,14 +22,10 @@ def magnitude_mask(w, sparsity):
         Booleans in the shape of `w`, True = keep, with exactly `round(sparsity * w.size)` False.
         The masks of one `w` are nested: a higher sparsity only takes more away.
 
-    Raises:
-        ValueError: for a sparsity out of range, or weights that are not finite.
-
     Source: Han et al. 2015, arXiv 1506.02626, section 3.
     """
-    share = _share(sparsity)
-    score = np.abs(finite_array(w, "w")).reshape(1, -1)  # (…) -> (1, n)
-    return ~_lowest(score, round(share * score.size)).reshape(np.shape(w))  # -> (…)
+    score = np.abs(w).reshape(1, -1)  # (…) -> (1, n)
+    return ~_lowest(score, _share(sparsity, score.size)).reshape(np.shape(w))  # -> (…)
 
 
 def wanda_mask(w, gram, sparsity):
@@ -51,20 +42,13 @@ def wanda_mask(w, gram, sparsity):
     Returns:
         Booleans (d_out, d_in), True = keep, with exactly `round(sparsity * d_in)` False a row.
 
-    Raises:
-        ValueError: for a sparsity out of range, a gram of another shape, or what is not finite.
-
     Source: Sun et al. 2023, arXiv 2306.11695, section 3.
     """
-    share, score = _share(sparsity), _wanda(w, gram)
-    return ~_lowest(score, round(share * score.shape[1]))
+    return ~_lowest(_wanda(w, gram), _share(sparsity, w.shape[1]))
 
 
-def _wanda(w, gram, w_name="w", gram_name="gram"):
-    w = finite_array(w, w_name)
-    if w.ndim != 2:
-        raise ValueError(f"{w_name} has shape {w.shape}; expected (d_out, d_in)")
-    return np.abs(w) * np.sqrt(np.diagonal(_moments(gram, w.shape[1], gram_name)))  # (d_out, d_in)
+def _wanda(w, gram):
+    return np.abs(w) * np.sqrt(np.diagonal(gram))  # (d_out, d_in)
 
 
 def _lowest(score, n):
@@ -77,26 +61,11 @@ def _lowest(score, n):
     return below | (at & (at.cumsum(axis=-1) <= room))
 
 
-def _share(sparsity):
-    if isinstance(sparsity, bool) or not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
+def _share(sparsity, n):
+    """So many of `n` as a share from 0 up to, not at, 1."""
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity!r}; expected a share from 0 up to, not at, 1")
-    return float(sparsity)
-
-
-def _moments(gram, d, name):
-    gram = np.asarray(gram)
-    if gram.shape != (d, d):
-        raise ValueError(f"{name} has shape {gram.shape}; expected {(d, d)}, one side an input")
-    if not np.isfinite(gram).all() or (np.diagonal(gram) < 0).any():
-        raise ValueError(f"{name} is no mean of x xᵀ; expected finite numbers, diagonal 0 or more")
-    return gram
-
-
-def _gram(grams, name, d):
-    """What `observe` found for the layer `name` with `d` inputs."""
-    if name not in grams:
-        raise ValueError(f"grams lacks {name!r}; expected what observe gives for each layer pruned")
-    return _moments(grams[name], d, f"grams[{name!r}]")
+    return round(sparsity * n)
 
 
 # ------------------------------------------------------------------ connections
@@ -114,14 +83,9 @@ class Masked(Wrapper):
     """
 
     def __init__(self, base, mask):
-        if type(base) is not Linear:
-            raise TypeError(f"base is {base!r}; expected a plain Linear")
-        mask = np.array(mask)
-        if mask.dtype != bool or mask.shape != base.weight.shape:
-            raise ValueError(
-                f"mask is {mask.dtype} {mask.shape}; expected bool {base.weight.shape}"
-            )
-        self.base, self.mask = base, mask
+        if np.shape(mask) != base.shape:
+            raise ValueError(f"mask has shape {np.shape(mask)}; expected {base.shape}")
+        self.base, self.mask = base, np.array(mask, bool)
 
     @property
     def sparsity(self):
@@ -131,15 +95,6 @@ class Masked(Wrapper):
     def dense(self):
         """The weight that the layer acts with, (d_out, d_in)."""
         return self.base.dense() * self.mask
-
-    def merged(self):
-        """A new plain `Linear` with zeros in it. Training it would fill them again.
-
-        Raises:
-            ValueError: if the weight is not finite.
-        """
-        bias = None if self.base.bias is None else self.base.bias.data.copy()
-        return like(self.base, Linear.of(finite(self.dense()), bias))
 
     def forward(self, x):
         return ops.linear(
@@ -166,51 +121,37 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope="layer", grams=None):
         grams: what `observe` gave; compared within each row, as Wanda does. `observe` wants a
             plain model: to prune by fresh grams, `merge` first; zeros have the lowest score.
 
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no linear layer.
-        TypeError: if a layer is not a plain `Linear`.
-        ValueError: for a bad `sparsity` or `scope`, for grams that lack a layer or do not fit,
-            for weights that are tied or not finite, or for a model that carries another wrapper.
-            In each case the model is left as it was.
-
     Source: Han et al. 2015, arXiv 1506.02626, section 3; Sun et al. 2023, arXiv 2306.11695.
     """
-    share, on = _share(sparsity), wrappers(model)
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope is {scope!r}; expected 'layer' or 'global'")
-    if grams is not None and scope != "layer":
-        raise ValueError(f"scope is {scope!r}; expected 'layer' with grams, which compare in rows")
-    for name, wrapper in on.items():
-        if not isinstance(wrapper, Masked):
-            raise ValueError(
-                f"{name} is {wrapper!r}; expected no wrapper but Masked; merge it first"
-            )
+    on = wrappers(model)
+    if scope not in ("layer", "global") or (grams and scope == "global"):
+        raise ValueError(f"scope is {scope!r}; expected 'layer', or 'global' without grams")
+    if not all(isinstance(wrapper, Masked) for wrapper in on.values()):
+        raise ValueError("this model carries an adapter; merge or detach it first")
     with detached(model):
-        tied, modules = _tied(model), dict(model.named_modules())
-        layers = {n: modules[n] for n in replace(model, targets, lambda m: m, kind=Linear)}
+        layers = plain(model, targets)
     scores = {}
     for name, layer in layers.items():
-        check_layer(name, layer, tied)
         if grams is None:
             score = np.abs(layer.weight.data).reshape(1, -1)  # (d_out, d_in) -> (1, n)
         else:
-            score = _wanda(layer.weight.data, _gram(grams, name, layer.d_in))
+            score = _wanda(layer.weight.data, grams[name])
         if name in on:  # what is masked stays so: below every score
             score = np.where(on[name].mask.reshape(score.shape), score, -1)
         scores[name] = score
     if scope == "global":
         every = np.concatenate([score[0] for score in scores.values()])  # (all weights,)
         ends = np.cumsum([score.size for score in scores.values()])[:-1]
-        gone = np.split(_lowest(every, round(share * every.size)), ends)
+        gone = np.split(_lowest(every, _share(sparsity, every.size)), ends)
     else:
-        gone = [_lowest(score, round(share * score.shape[1])) for score in scores.values()]
-    for (name, layer), lost in zip(layers.items(), gone, strict=True):
-        mask = ~lost.reshape(layer.weight.shape)  # -> (d_out, d_in)
-        put(model, name, Masked(layer, mask & on[name].mask if name in on else mask))
-    return model
+        gone = [_lowest(score, _share(sparsity, score.shape[1])) for score in scores.values()]
+    kept = {
+        name: ~lost.reshape(layers[name].shape) for name, lost in zip(layers, gone, strict=True)
+    }
+    return put_all(
+        model,
+        {n: Masked(layers[n], m & on[n].mask if n in on else m) for n, m in kept.items()},
+    )
 
 
 def rewind(model, weights):
@@ -221,24 +162,8 @@ def rewind(model, weights):
         weights: names in the plain model to arrays, such as
             `{name: p.data.copy() for name, p in model.named_parameters()}` before `sparsify`.
 
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: if the names or shapes are not this model's, or an array is the model's own,
-            which has moved along. The model is left as it was.
-
     Source: Frankle & Carbin 2019, arXiv 1803.03635, section 1.
     """
-    own = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())[0]
-        raise ValueError(f"weights and the model differ in {odd}; expected the same names")
-    for name, p in own.items():
-        if np.shape(weights[name]) != p.shape:
-            raise ValueError(f"{name} has shape {np.shape(weights[name])}; expected {p.shape}")
-        if np.may_share_memory(weights[name], p.data):
-            raise ValueError(f"{name} is the model's own array; expected a copy from earlier")
-    for name, p in own.items():
-        p.data[...] = weights[name]
+    for name, p in model.named_parameters():
+        p.data[...] = weights[name.replace(".base.", ".")]
     return model

@@ -4,16 +4,14 @@ How it goes: the weights are cut into blocks, each block is divided by its scale
 becomes the code of a level near it, and the codes are packed. `dequantise` goes back.
 """
 
+from functools import cache
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..peft.lora import is_whole
-from .levels import check_bits, kmeans_levels, nearest, nf4_levels, squeeze, unpack
-
 KINDS = ("symmetric", "affine", "nf4", "levels")
-_CHUNK = 1 << 16  # weights worked on at a time, so that what is made of them stays in the cache
-TINY = np.finfo(np.float32).tiny
+TINY = np.finfo(np.float32).tiny  # the smallest scale: 1 / scale is finite, zeros need no care
 
 
 class Quantised(NamedTuple):
@@ -29,11 +27,17 @@ class Quantised(NamedTuple):
     levels: Any = None  # a codebook: float32, increasing
     mean: Any = None  # double quantisation: float32 (1,), the mean scale
 
+    def arrays(self):
+        """All arrays by name, for a file: codes, scale (with double, scale.codes …), zero …"""
+        double = {} if self.mean is None else self.scale.arrays()
+        found = {"codes": self.packed, "zero": self.zero, "levels": self.levels, "mean": self.mean}
+        found |= {f"scale.{k}": a for k, a in double.items()} or {"scale": self.scale}
+        return {name: a for name, a in found.items() if a is not None}
+
     @property
     def nbytes(self):
         """The bytes of everything stored: codes, scales, zeros, levels."""
-        stored = (self.packed, self.scale, self.zero, self.levels, self.mean)
-        return sum(part.nbytes for part in stored if part is not None)
+        return sum(a.nbytes for a in self.arrays().values())
 
     @property
     def bits_per_weight(self):
@@ -46,71 +50,90 @@ class Quantised(NamedTuple):
             return self.scale
         return np.maximum(dequantise(self.scale) + self.mean, 0)
 
-    def arrays(self):
-        """All arrays by name, for a file: codes, scale (with double, scale.codes …), zero …"""
-        found = {"codes": self.packed}
-        if self.mean is None:
-            found["scale"] = self.scale
-        else:
-            found |= {f"scale.{name}": array for name, array in self.scale.arrays().items()}
-        extra = {"zero": self.zero, "levels": self.levels, "mean": self.mean}
-        return found | {name: array for name, array in extra.items() if array is not None}
+    def spread(self, each):
+        """A number for each block, (blocks,), as one for each weight, (n,)."""
+        n = int(np.prod(self.shape))
+        return np.repeat(each, block_size(self.shape, self.block))[:n]
 
 
-# ------------------------------------------------------------------ blocks
+# ------------------------------------------------------------------ packing
 
 
-def block_size(shape, block):
-    """How many weights share a scale."""
-    n = int(np.prod(shape))
-    if block is None:
-        return n
-    if isinstance(block, str) and block == "row":
-        return n // shape[0]
-    if not is_whole(block) or block < 1:
-        raise ValueError(f"block is {block!r}; expected None, 'row' or a whole number from 1")
-    return min(int(block), n)
+def pack(codes, bits):
+    """Codes from 0 to 2^bits − 1 as a string of bits, the first code in the lowest bits: uint8.
+
+    Eight codes are exactly `bits` bytes, and one 64-bit word has room for them.
+    """
+    codes = np.asarray(codes).ravel()
+    words = np.pad(codes, (0, -codes.size % 8)).reshape(-1, 8).astype("<u8")  # (m, 8)
+    words = np.bitwise_or.reduce(words << _places(bits), axis=1)  # (m,)
+    used = words.view(np.uint8).reshape(-1, 8)[:, :bits]  # (m, bits)
+    return used.ravel()[: -(-codes.size * bits // 8)]
 
 
-def _reduce(function, flat, size):
-    """`function` of each block, the last of which may be short: (n,) -> (blocks,)."""
-    whole = flat.size // size * size
-    found = function(flat[:whole].reshape(-1, size), axis=1)
-    if whole == flat.size:
-        return found
-    return np.append(found, function(flat[whole:]))
+def unpack(packed, bits, n):
+    """The `n` codes (uint8) that `pack` made these bytes of."""
+    words = np.zeros((-(-n // 8), 8), np.uint8)
+    words[:, :bits] = np.pad(packed, (0, len(words) * bits - packed.size)).reshape(-1, bits)
+    codes = words.view("<u8") >> _places(bits) & np.uint64((1 << bits) - 1)  # (m, 1) -> (m, 8)
+    return codes.astype(np.uint8).ravel()[:n]
 
 
-def _apply(op, flat, each, size, out):
-    """`op` between every block of `flat` (n,) and its own number of `each`, into `out` (n,)."""
-    full = flat.size // size
-    whole = full * size
-    rows = flat[:whole].reshape(full, size)
-    op(rows, each[:full, None], out=out[:whole].reshape(full, size))
-    if whole < flat.size:
-        op(flat[whole:], each[full], out=out[whole:])
-    return out
+def _places(bits):
+    return np.arange(0, 8 * bits, bits, dtype="<u8")
 
 
-def _chunks(n, size):
-    """(slice of weights, slice of their blocks): whole blocks, and whole bytes of codes."""
-    span = max(8, _CHUNK // size // 8 * 8) * size
-    for start in range(0, n, span):
-        stop = min(start + span, n)
-        yield slice(start, stop), slice(start // size, -(-stop // size))
+# ------------------------------------------------------------------ levels
 
 
-def check_weights(w):
-    """`w` as a contiguous array of floats, or an error."""
-    w = np.asarray(w)
-    if w.dtype not in (np.float32, np.float64):
-        raise TypeError(f"w has dtype {w.dtype}; expected float32 or float64")
-    if w.ndim == 0 or not w.size:
-        raise ValueError(f"w has shape {w.shape}; expected one weight or more")
-    return np.ascontiguousarray(w)
+@cache
+def nf4_levels():
+    """The 16 levels of NormalFloat-4, from −1 to 1: float64, increasing, read-only.
+
+    Each stands for about as many weights as the next if the weights are normal. Positive and
+    negative sides are cut separately, 8 levels and 7 beside a zero, so that 0 is exact.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314, section 3, equation 4; the outermost
+    quantile, 1 − ½(1/32 + 1/30), is that of the authors' code.
+    """
+    offset, quantile = 1 - (1 / 32 + 1 / 30) / 2, NormalDist().inv_cdf
+    above = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+    levels = np.array(sorted([*above, 0.0, *below])) / max(above)
+    levels.flags.writeable = False  # `cache` hands the same array to all
+    return levels
 
 
-# ------------------------------------------------------------------ formats
+def kmeans_levels(w, k, iterations=30):
+    """The `k` levels that lie nearest the weights: Lloyd's algorithm in one dimension.
+
+    With the weights sorted, a cluster is a run of them, found by its ends and averaged from
+    cumulative sums. It starts at the quantiles, and an empty cluster keeps its level.
+
+    Returns:
+        Levels, increasing, float64 (k,), or fewer if `w` holds fewer different numbers.
+
+    Source: Han et al. 2016, arXiv 1510.00149, section 3; Lloyd 1982.
+    """
+    w = np.sort(np.asarray(w, np.float64), axis=None)
+    sums = np.concatenate([[0.0], np.cumsum(w)])  # (n + 1,)
+    levels = np.quantile(w, (np.arange(k) + 0.5) / k)
+    for _ in range(iterations):
+        inner = np.searchsorted(w, (levels[1:] + levels[:-1]) / 2, side="right")
+        ends = np.concatenate([[0], inner, [w.size]])  # cluster i is w[ends[i] : ends[i + 1]]
+        sizes = np.diff(ends)
+        means = np.diff(sums[ends]) / np.maximum(sizes, 1)
+        fresh = np.where(sizes > 0, means, levels)
+        if np.array_equal(fresh, levels):
+            break
+        levels = np.sort(fresh)
+    return np.unique(levels)
+
+
+def nearest(x, levels):
+    """The index of the level nearest each number of `x`, of two equally near the lower: uint8."""
+    middle = ((levels[1:] + levels[:-1]) / 2).astype(x.dtype)
+    return np.searchsorted(middle, x).astype(np.uint8)
 
 
 def level_set(bits, kind, levels):
@@ -122,70 +145,45 @@ def level_set(bits, kind, levels):
     return levels
 
 
-def _check_format(bits, kind, levels):
-    bits = check_bits(bits)
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
-    if kind == "nf4" and bits != 4:
-        raise ValueError(f"bits is {bits}; expected 4 for kind 'nf4'")
-    if (kind == "levels") != (levels is not None):
-        raise ValueError(f"kind is {kind!r} and levels {levels!r}; expected both or neither")
-    if levels is not None:
-        levels = np.asarray(levels, np.float32)
-        rising = levels.ndim == 1 and np.isfinite(levels).all() and (np.diff(levels) > 0).all()
-        if not rising or not 1 <= levels.size <= 1 << bits:
-            raise ValueError(
-                f"levels is {levels}; expected 1 to {1 << bits} finite numbers, increasing"
-            )
-    return bits, levels
+# ------------------------------------------------------------------ there and back
+
+
+def block_size(shape, block):
+    """How many weights share a scale."""
+    n = int(np.prod(shape))
+    return {None: n, "row": n // shape[0]}.get(block) or min(block, n)
 
 
 def _scales(flat, size, bits, kind):
     """(scale, zero) for each block, float32 (blocks,); zero is None but for affine."""
-    blocks = -(-flat.size // size)
-    scale = np.empty(blocks, np.float64)
-    zero = np.empty(blocks, np.float64) if kind == "affine" else None
-    for part, own in _chunks(flat.size, size):
-        w = flat[part]
-        if kind == "affine":
-            zero[own] = _reduce(np.min, w, size)
-            scale[own] = _reduce(np.max, w, size)
-        elif kind == "symmetric" and bits == 1:
-            scale[own] = _reduce(np.mean, np.abs(w, dtype=np.float64), size)
-        else:
-            scale[own] = _reduce(np.max, np.abs(w), size)
-    limit = np.finfo(np.float32).max / 4
-    if not all((np.abs(each) < limit).all() for each in (scale, zero) if each is not None):
-        raise ValueError(f"w is not finite, or above {limit:.1e}; expected finite weights")
+    starts = np.arange(0, flat.size, size)  # `reduceat` takes a short last block as it comes
     if kind == "affine":
-        zero = zero.astype(np.float32)
-        scale = (scale - zero) / ((1 << bits) - 1)
-    elif kind == "symmetric" and bits == 1:
-        return scale.astype(np.float32), None  # no grid and no division: zeros must stay zeros
-    elif kind == "symmetric":
+        zero = np.minimum.reduceat(flat, starts).astype(np.float32)
+        scale = (np.maximum.reduceat(flat, starts) - zero) / ((1 << bits) - 1)
+        return np.maximum(scale, TINY).astype(np.float32), zero
+    size_of = np.abs(flat, dtype=np.float64)
+    if kind == "symmetric" and bits == 1:
+        count = np.diff(np.append(starts, flat.size))
+        return (np.add.reduceat(size_of, starts) / count).astype(np.float32), None
+    scale = np.maximum.reduceat(size_of, starts)
+    if kind == "symmetric":
         scale /= (1 << bits - 1) - 1
-    # Not below the smallest normal number: then 1 / scale is finite, and zeros need no care.
-    return np.maximum(scale, TINY).astype(np.float32), zero
+    return np.maximum(scale, TINY).astype(np.float32), None
 
 
-def _double(scale):
-    """Scales as 8-bit codes around their mean: QLoRA's double quantisation."""
-    mean = np.array([scale.mean(dtype=np.float64)], np.float32)
-    return quantise(scale - mean, 8, block=256), mean
+def _middle(bits, kind):
+    """The code of zero in a uniform grid."""
+    return 0 if kind == "affine" else (1 << bits - 1) - 1
 
 
 def round_codes(x, bits, kind, levels):
-    """The codes (uint8) of the levels nearest to `x`, weights over their scales; spoils `x`."""
+    """The codes (uint8) of the levels nearest to `x`, weights over their scales."""
     found = level_set(bits, kind, levels)
     if found is not None:
         return nearest(x, found)
-    middle = (1 << bits - 1) - 1  # the code of zero
-    x += 0.5 if kind == "affine" else middle + 0.5  # the cast below cuts the fraction off
-    np.clip(x, 0, (1 << bits) - 1 if kind == "affine" else 2 * middle, out=x)
-    return x.astype(np.uint8)
-
-
-# ------------------------------------------------------------------ there and back
+    middle = _middle(bits, kind)
+    top = 2 * middle or (1 << bits) - 1
+    return np.clip(x + (middle + 0.5), 0, top).astype(np.uint8)  # the cast cuts the fraction off
 
 
 def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, levels=None):
@@ -201,79 +199,96 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, levels=None
             has a smaller error than the three levels that 2 bits leave.
             `"affine"`: w ≈ zero + scale · q, q from 0 to 2^bits − 1, zero = min w.
             `"nf4"`: w ≈ max|w| · level, of the 16 levels of `nf4_levels`.
-            `"levels"`: w ≈ max|w| · level, of those in `levels`.
+            `"levels"`: w ≈ max|w| · level, of those in `levels`, 1 to 2^bits of them, increasing.
         double: quantise the scales too, to 8 bits in groups of 256, around their mean: .127 bits
             a weight for blocks of 64, not .5. A scale far below its group's largest may
             become zero.
-        levels: increasing, 1 to 2^bits of them, in units of max|w|; only for kind `"levels"`.
-
-    Returns:
-        A `Quantised`.
-
-    Raises:
-        ValueError: if `w` is empty or not finite, or a setting is out of range.
-        TypeError: if `w` is neither float32 nor float64.
 
     Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; for 1 bit, Rastegari et al. 2016,
     arXiv 1603.05279, section 3.1.
     """
-    bits, levels = _check_format(bits, kind, levels)
-    w = check_weights(w)
-    flat, size = w.reshape(-1), block_size(w.shape, block)
-    scale, zero = _scales(flat, size, bits, kind)
-    packed = np.empty(-(-w.size * bits // 8), np.uint8)
-    block = int(block) if is_whole(block) else block  # JSON takes no NumPy integer
-    q = Quantised(packed, scale, w.shape, bits, block, kind, zero, levels)
-    if double:
-        scale, mean = _double(scale)
-        q = q._replace(scale=scale, mean=mean)
-    inverse = 1 / np.maximum(q.scales().astype(w.dtype), TINY)
-    chunks = list(_chunks(w.size, size))
-    room = np.empty(chunks[0][0].stop, w.dtype)  # one chunk, made once
-    for part, own in chunks:
-        x, here = flat[part], room[: part.stop - part.start]
-        if zero is not None:
-            x = _apply(np.subtract, x, zero[own], size, here)
-        _apply(np.multiply, x, inverse[own], size, here)
-        packed[part.start * bits // 8 : -(-part.stop * bits // 8)] = squeeze(
-            round_codes(here, bits, kind, levels), bits
+    if bits not in range(1, 9) or kind not in KINDS or (kind == "nf4" and bits != 4):
+        raise ValueError(
+            f"bits is {bits!r} and kind {kind!r}; expected 1 to 8 (4 for nf4), {KINDS}"
         )
-    return q
+    if not np.isfinite(w).all():
+        raise ValueError("w is not finite; expected finite weights")
+    levels = None if levels is None else np.asarray(levels, np.float32)
+    flat = w.reshape(-1)
+    scale, zero = _scales(flat, block_size(w.shape, block), bits, kind)
+    q = Quantised(
+        None,
+        scale,
+        w.shape,
+        int(bits),
+        block if block in (None, "row") else int(block),
+        kind,
+        zero,
+        levels,
+    )
+    if double:
+        mean = np.array([scale.mean(dtype=np.float64)], np.float32)
+        q = q._replace(scale=quantise(scale - mean, 8, block=256), mean=mean)
+    x = flat if zero is None else flat - q.spread(zero)
+    x = x * q.spread(1 / np.maximum(q.scales().astype(w.dtype), TINY))
+    return q._replace(packed=pack(round_codes(x, bits, kind, levels), bits))
 
 
 def dequantise(q, dtype=np.float32):
     """The weights that a `Quantised` stands for, an array of its shape."""
-    n = int(np.prod(q.shape))
-    size = block_size(q.shape, q.block)
-    codes = unpack(q.packed, q.bits, n)
-    levels = level_set(q.bits, q.kind, q.levels)
-    if levels is not None:
-        w = levels.astype(dtype)[codes]
-    else:
-        w = codes.astype(dtype)
-        if q.kind == "symmetric":
-            w -= (1 << q.bits - 1) - 1
-    _apply(np.multiply, w, q.scales().astype(dtype), size, w)
+    codes = unpack(q.packed, q.bits, int(np.prod(q.shape)))
+    levels, middle = level_set(q.bits, q.kind, q.levels), _middle(q.bits, q.kind)
+    w = codes.astype(dtype) - middle if levels is None else levels.astype(dtype)[codes]
+    w *= q.spread(q.scales().astype(dtype))
     if q.zero is not None:
-        _apply(np.add, w, q.zero.astype(dtype), size, w)
+        w += q.spread(q.zero.astype(dtype))
     return w.reshape(q.shape)
 
 
 def kmeans(w, bits=4, *, block=None, iterations=30):
-    """Quantise to 2^bits levels that k-means finds in the weights themselves.
-
-    Args:
-        w, bits, block: as for `quantise`. The levels are shared by all blocks.
-        iterations: as for `kmeans_levels`.
-
-    Returns:
-        A `Quantised` of kind `"levels"`.
+    """Quantise to 2^bits levels that k-means finds in the weights themselves, one set for all.
 
     Source: Han et al. 2016, arXiv 1510.00149, section 3.
     """
-    bits, w = check_bits(bits), check_weights(w)
-    flat, size = w.reshape(-1), block_size(w.shape, block)
-    scale, _ = _scales(flat, size, bits, "levels")
-    x = _apply(np.divide, flat, scale, size, np.empty_like(flat))
+    q = quantise(w, bits, block=block, kind="levels", levels=[0.0])  # for its scales
+    x = w.reshape(-1) / q.spread(q.scale)
     levels = np.unique(kmeans_levels(x, 1 << bits, iterations).astype(np.float32))
     return quantise(w, bits, block=block, kind="levels", levels=levels)
+
+
+def gptq(w, gram, bits=4, *, block=64, kind="symmetric", double=False, damping=0.01):
+    """Round a weight column by column, each column making up for the errors before it.
+
+    What rounding column j does wrong is spread over the columns still to come, so that the
+    error on the data, the mean tr(E C Eᵀ) of ‖(W − Ŵ) x‖², is as small as they can make it.
+    With C + λI = R Rᵀ, R upper triangular, row j of R⁻¹ says how. The scales are those that
+    `quantise` gives, and so are the bytes. It helps where features are correlated and the grid
+    leaves room to make up for an error; with 1 bit it may do harm.
+
+    Args:
+        w: (d_out, d_in), float32 or float64.
+        gram: C (d_in, d_in), the mean of x xᵀ over inputs, as `observe` finds it.
+        bits, block, kind, double: as for `quantise`; a whole `block` must divide d_in.
+        damping: λ over the mean of C's diagonal.
+
+    Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
+    """
+    q, (d_out, d_in) = quantise(w, bits, block=block, kind=kind, double=double), w.shape
+    if block_size(w.shape, block) not in (w.size, d_in) and d_in % block:
+        raise ValueError(f"block is {block}; expected a divisor of d_in = {d_in}, 'row' or None")
+    damped = gram + (damping * np.mean(np.diag(gram)) if gram.any() else 1) * np.eye(d_in)
+    # The Cholesky form from the last row up, by turning the matrix round twice.
+    spread = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])  # R⁻¹
+    spread /= np.diag(spread)[:, None].copy()  # row j: how column j's error falls on the rest
+
+    scale = q.spread(q.scales().astype(w.dtype)).reshape(w.shape).T  # (d_in, d_out)
+    zero = 0 * scale if q.zero is None else q.spread(q.zero.astype(w.dtype)).reshape(w.shape).T
+    levels, middle = level_set(bits, kind, None), _middle(bits, kind)
+    columns = w.T.astype(np.float64, order="C")  # (d_in, d_out), so that a column lies together
+    codes = np.empty((d_in, d_out), np.uint8)
+    for j in range(d_in):
+        x = (columns[j].astype(w.dtype) - zero[j]) / np.maximum(scale[j], TINY)  # (d_out,)
+        codes[j] = round_codes(x, bits, kind, None)
+        level = codes[j] - np.float64(middle) if levels is None else levels[codes[j]]
+        columns[j + 1 :] -= spread[j, j + 1 :, None] * (columns[j] - level * scale[j] - zero[j])
+    return q._replace(packed=pack(codes.T.ravel(), bits))

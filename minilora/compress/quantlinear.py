@@ -4,13 +4,11 @@ import numpy as np
 
 from ..nn import Linear, Parameter
 from ..ops.basic import gemm, linear, shape_error
-from ..peft.lora import _tied, check_plain
-from ..surgery import Wrapper, freeze, replace, unfreeze
+from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 from ..tensor import record
-from .checks import check_layer
-from .gptq import gptq
-from .levels import unpack
-from .quantise import Quantised, dequantise, quantise
+
+
+from .quantise import Quantised, dequantise, gptq, quantise, unpack
 
 
 class QuantLinear(Linear):
@@ -52,14 +50,9 @@ class QuantLinear(Linear):
         return layer
 
     @property
-    def d_in(self):
-        """Features that come in."""
-        return self.quantised.shape[1]
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.quantised.shape[0]
+    def shape(self):
+        """(d_out, d_in) of the weight."""
+        return self.quantised.shape
 
     @property
     def packed_size(self):
@@ -208,11 +201,6 @@ class StraightThrough(Wrapper):
         self.base = base
         self.settings = {"bits": bits, "block": block, "kind": kind, "double": double}
 
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        settings = dict(self.settings)
-        return {"kind": "StraightThrough", "format": settings.pop("kind"), **settings}
-
     def dense(self):
         """The weight that the layer acts with."""
         return dequantise(quantise(self.base.dense(), **self.settings), self.base.dense().dtype)
@@ -235,72 +223,27 @@ class StraightThrough(Wrapper):
 # ------------------------------------------------------------------ the recipes
 
 
-def quantise_model(
-    model,
-    bits=4,
-    targets="blocks.*",
-    *,
-    block=64,
-    kind="symmetric",
-    double=False,
-    grams=None,
-):
+def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, **settings):
     """Put a `QuantLinear` in the place of each matching linear layer, and freeze the model.
 
     Args:
         model: changed in place.
-        bits, block, kind, double: as for `quantise`.
-        targets: one pattern or several for linear layers.
+        bits, settings: as for `quantise`: block, kind, double.
+        targets: one pattern or several for plain linear layers.
         grams: layer names to second moments, as `observe` returns them, to round by `gptq`.
-
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no layer, or `grams` lacks one that is to be rounded.
-        TypeError: if a layer is not a plain `Linear`.
-        ValueError: for a bad setting, a tied weight, or a model that carries an adapter.
-        The model is left as it was.
     """
-    check_plain(model)
-    tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
-
-    def wrap(layer):
-        name = names[id(layer)]
-        check_layer(name, layer, tied)
-        if grams is not None and name not in grams:
-            raise LookupError(f"grams has no {name}; expected one for each layer of targets")
-        gram = None if grams is None else grams[name]
-        return QuantLinear(layer, bits, block=block, kind=kind, double=double, gram=gram)
-
-    replace(model, targets, wrap, kind=Linear)
-    return freeze(model)
+    fresh = {
+        name: QuantLinear(layer, bits, gram=grams and grams[name], **settings)
+        for name, layer in plain(model, targets).items()
+    }
+    return freeze(put_all(model, fresh))
 
 
-def quantise_aware(model, bits=4, targets="blocks.*", *, block=64, kind="symmetric", double=False):
+def quantise_aware(model, bits=4, targets="blocks.*", **settings):
     """Let all of the model train, the matching linear layers through `StraightThrough`.
 
-    `merge` then puts a `QuantLinear` in the place of each.
-
-    Args:
-        model: changed in place.
-        bits, targets, block, kind, double: as for `quantise_model`.
-
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no layer.
-        TypeError: if a layer is not a plain `Linear`.
-        ValueError: for a bad setting, a tied weight, or a model that carries an adapter.
-        The model is left as it was.
+    `merge` then puts a `QuantLinear` in the place of each. Arguments as for `quantise_model`.
     """
-    check_plain(model)
-    tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
-
-    def wrap(layer):
-        check_layer(names[id(layer)], layer, tied)
-        return StraightThrough(layer, bits, block=block, kind=kind, double=double)
-
-    replace(model, targets, wrap, kind=Linear)
-    return unfreeze(model)
+    layers = plain(model, targets).items()
+    fresh = {name: StraightThrough(layer, bits, **settings) for name, layer in layers}
+    return unfreeze(put_all(model, fresh))

@@ -3,10 +3,9 @@
 import numpy as np
 
 from .. import ops
-from ..nn import MLP, Embedding, LayerNorm, Linear, Parameter
-from ..surgery import Wrapper, freeze, replace, unfreeze
-from ..transformer import Attention, attend
-from .lora import check_plain, is_whole
+from ..nn import Embedding, LayerNorm, Linear, Parameter
+from ..surgery import Wrapper, find, freeze, plain, put_all, unfreeze
+from ..transformer import attend, past, recall
 
 
 class Adapter(Wrapper):
@@ -25,20 +24,13 @@ class Adapter(Wrapper):
     why_not_merged = (
         "a nonlinearity stands between its two matrices, so no one matrix does the same"
     )
+    settings = ("r", "start")
 
     def __init__(self, base, r, *, start="exact", rng):
-        if not is_whole(r) or r < 1:
-            raise ValueError(f"r is {r!r}; expected a whole number, 1 or more")
-        if start not in ("exact", "near"):
-            raise ValueError(f"start is {start!r}; expected 'exact' or 'near'")
         d, dtype = base.d_out, next(iter(base.parameters())).dtype
         self.base, self.r, self.start = base, int(r), start
         self.adapter_down = Linear(d, r, rng=rng, dtype=dtype)
         self.adapter_up = Linear(r, d, rng=rng, std=0.01 if start == "near" else 0.0, dtype=dtype)
-
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        return {"kind": "Adapter", "r": self.r, "start": self.start}
 
     def forward(self, x):
         h = self.base(x)  # (…, d)
@@ -57,17 +49,13 @@ def adapter(model, r=8, where="houlsby", *, start="exact", norms=False, rng):
 
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247.
     """
-    check_plain(model)
     named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
     patterns = named.get(where, where) if isinstance(where, str) else where
-    wrap = lambda base: Adapter(base, r, start=start, rng=rng)  # noqa: E731
-    hits = replace(model, patterns, wrap, kind=(Attention, MLP))
-    freeze(model)
-    unfreeze(model, [f"{name}.adapter_*" for name in hits])
-    if norms:
-        norm_names = [n for n, m in model.named_modules() if isinstance(m, LayerNorm)]
-        unfreeze(model, [f"{name}.*" for name in norm_names])
-    return model
+    found = plain(model, patterns, "d_out")
+    fresh = {name: Adapter(m, r, start=start, rng=rng) for name, m in found.items()}
+    freeze(put_all(model, fresh))
+    unfreeze(model, [f"{name}.adapter_*" for name in fresh])
+    return unfreeze(model, [f"{n}.*" for n in find(model, "*", LayerNorm)]) if norms else model
 
 
 class Prefix(Wrapper):
@@ -88,11 +76,10 @@ class Prefix(Wrapper):
     """
 
     why_not_merged = "its keys and values depend on no input, so no weight of the layer holds them"
+    settings = ("m", "room", "hidden")
 
     def __init__(self, base, m, room, *, hidden=None, rng):
-        if not is_whole(m) or m < 1:
-            raise ValueError(f"m is {m!r}; expected a whole number, 1 or more")
-        if room < 1:
+        if m < 1 or room < 1:
             raise ValueError(
                 f"m is {m}, which leaves {room} positions; expected room for 1 or more"
             )
@@ -105,10 +92,6 @@ class Prefix(Wrapper):
             self.seeds = draw(m, d)
             self.up = Linear(d, hidden, rng=rng, dtype=dtype)
             self.down = Linear(hidden, 2 * d, rng=rng, dtype=dtype)
-
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        return {"kind": "Prefix", "m": self.m, "room": self.room, "hidden": self.hidden}
 
     def pair(self):
         """The keys and the values, each (m, d)."""
@@ -131,8 +114,8 @@ class Prefix(Wrapper):
                 f"{self.room} (n_positions - m)"
             )
         base, (keys, values) = self.base, self.pair()
-        k = ops.prepend(keys, base.k(x))  # (B, T, d) -> (B, m + T, d)
-        v = ops.prepend(values, base.v(x))
+        k, v = recall(self, base.k(x), base.v(x))
+        k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, d) -> (B, m + T, d)
         return base.o(attend(base.q(x), k, v, base.n_head))  # (B, T, d)
 
 
@@ -143,20 +126,19 @@ def prefix(model, m=4, *, hidden=None, rng):
 
     Source: Li & Liang 2021, arXiv 2101.00190.
     """
-    check_plain(model)
-    room = model.config["n_positions"] - m if is_whole(m) else 1
-    wrap = lambda base: Prefix(base, m, room, hidden=hidden, rng=rng)  # noqa: E731
-    hits = replace(model, "blocks.*.attn", wrap, kind=Attention)
-    freeze(model)
-    own = [n for n, _ in model.named_parameters() if any(n.startswith(h + ".") for h in hits)]
-    unfreeze(model, [n for n in own if ".attn.base." not in n])
+    room, found = model.config["n_positions"] - m, plain(model, "blocks.*.attn", "q k v o n_head")
+    fresh = {n: Prefix(base, m, room, hidden=hidden, rng=rng) for n, base in found.items()}
+    freeze(put_all(model, fresh))
+    for wrapper in fresh.values():
+        for name, p in wrapper.named_parameters():
+            p.requires_grad = not name.startswith("base.")
     return model
 
 
 def fold(model):
     """Replace every prefix that comes from an MLP by the keys and values that it computes."""
-    replace(model, "*", lambda p: p.folded() if p.hidden else p, kind=Prefix)
-    return model
+    found = find(model, "*", Prefix)
+    return put_all(model, {name: p.folded() for name, p in found.items() if p.hidden})
 
 
 class Prompt(Wrapper):
@@ -170,17 +152,14 @@ class Prompt(Wrapper):
     """
 
     why_not_merged = "it lengthens the input, which no weight can do"
+    settings = ("m", "n_positions")
 
     def __init__(self, base, m, n_positions, *, rng):
-        if not is_whole(m) or not 1 <= m < n_positions:
+        if not 1 <= m < n_positions:
             raise ValueError(f"m is {m!r}; expected a whole number from 1 to {n_positions - 1}")
         table = base.dense()
         self.base, self.m, self.n_positions = base, int(m), int(n_positions)
         self.prompt = Parameter(table[rng.integers(len(table), size=m)])
-
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        return {"kind": "Prompt", "m": self.m, "n_positions": self.n_positions}
 
     def dense(self):
         """The table of the tokens."""
@@ -192,23 +171,21 @@ class Prompt(Wrapper):
                 f"the input has {ids.shape[1]} tokens; a prompt of {self.m} leaves room for "
                 f"{self.n_positions - self.m} (n_positions - m)"
             )
+        if past():  # it was read already
+            return self.base(ids)
         return ops.prepend(self.prompt, self.base(ids))  # (B, T) -> (B, m + T, d)
 
 
 class WithoutPrompt(Wrapper):
     """A LayerNorm that drops the first `m` positions again, so that the logits fit the tokens."""
 
-    why_not_merged = Prompt.why_not_merged
+    why_not_merged, settings = Prompt.why_not_merged, ("m",)
 
     def __init__(self, base, m, *, rng=None):
         self.base, self.m = base, m
 
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        return {"kind": "WithoutPrompt", "m": self.m}
-
     def forward(self, x):
-        return self.base(x[:, self.m :])  # (B, m + T, d) -> (B, T, d)
+        return self.base(x if past() > x.shape[1] else x[:, self.m :])  # (B, m + T, d) -> (B, T, d)
 
 
 def prompt(model, m=4, *, rng):
@@ -216,10 +193,9 @@ def prompt(model, m=4, *, rng):
 
     Source: Lester et al. 2021, arXiv 2104.08691.
     """
-    check_plain(model)
     n = model.config["n_positions"]
-    replace(model, "tokens", lambda base: Prompt(base, m, n, rng=rng), kind=Embedding)
-    replace(model, "norm", lambda base: WithoutPrompt(base, m), kind=LayerNorm)
+    (tokens,) = plain(model, "tokens", Embedding).values()
+    put_all(model, {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)})
     freeze(model)
     model.tokens.prompt.requires_grad = True
     return model

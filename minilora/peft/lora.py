@@ -1,21 +1,23 @@
 """LoRA, and its relatives DoRA, PiSSA and LoRA+: a low-rank bypass beside a frozen weight."""
 
-from collections import Counter
 from fnmatch import fnmatchcase
-from numbers import Real
 
 import numpy as np
 
 from .. import ops
 from ..nn import Embedding, Linear, Parameter
 from ..optim import AdamW
-from ..surgery import Wrapper, as_patterns, freeze, replace, unfreeze, wrappers
+from ..surgery import Wrapper, as_patterns, freeze, plain, put_all, unfreeze
 from ..tensor import Tensor
 
 
-def is_whole(n):
-    """Whether `n` is a whole number, and not `True` or `False`."""
-    return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
+def check_rank(r, shape):
+    """Raise unless a matrix of this shape can have a factor of this rank."""
+    if isinstance(r, bool) or r not in range(1, min(shape) + 1):
+        raise ValueError(
+            f"r is {r!r}; expected a whole number from 1 to {min(shape)}, the smaller side of a "
+            f"{shape[0]} x {shape[1]} weight"
+        )
 
 
 class LoRA(Wrapper):
@@ -37,38 +39,30 @@ class LoRA(Wrapper):
     arXiv 2312.03732.
     """
 
-    def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
-        if not all(hasattr(base, name) for name in ("d_in", "d_out", "dense")):
-            raise TypeError(f"base is {base!r}; expected a layer with d_in, d_out and dense()")
-        d_out, d_in = base.dense().shape
-        self._settle(base, r, alpha, dropout, rslora, rng)
-        dtype = base.dense().dtype
-        self.A = Parameter((rng.standard_normal((r, d_in)) / d_in**0.5).astype(dtype))
-        self.B = Parameter(np.zeros((d_out, r), dtype))
+    settings = ("r", "alpha", "dropout", "rslora")
 
-    def _settle(self, base, r, alpha, dropout, rslora, rng):
-        shape = base.dense().shape
-        if not is_whole(r) or not 1 <= r <= min(shape):
+    def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
+        weight = base.dense()
+        check_rank(r, weight.shape)
+        if not alpha > 0 or not 0 <= dropout < 1:
             raise ValueError(
-                f"r is {r!r}; expected a whole number from 1 to {min(shape)}, the smaller side "
-                f"of a {shape[0]} x {shape[1]} weight"
+                f"alpha is {alpha!r}, dropout {dropout!r}; expected above 0, and 0 to 1"
             )
-        if not (isinstance(alpha, Real) and 0 < alpha < np.inf):
-            raise ValueError(f"alpha is {alpha!r}; expected a number above 0")
-        if not (isinstance(dropout, Real) and 0 <= dropout < 1):
-            raise ValueError(f"dropout is {dropout!r}; expected a share from 0 up to, not at, 1")
         self.base, self.r, self.alpha = base, int(r), float(alpha)
         self.dropout, self.rslora, self.rng = float(dropout), bool(rslora), rng
+        self.start(weight)
+
+    def start(self, weight):
+        """Make A and B."""
+        d_out, d_in = weight.shape
+        a = self.rng.standard_normal((self.r, d_in)) / d_in**0.5
+        self.A = Parameter(a.astype(weight.dtype))
+        self.B = Parameter(np.zeros((d_out, self.r), weight.dtype))
 
     @property
     def scaling(self):
         """What multiplies B A x: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
-
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        names = ("r", "alpha", "dropout", "rslora")
-        return {"kind": type(self).__name__} | {name: getattr(self, name) for name in names}
 
     def delta(self):
         """The update that the bypass stands for, as an array in the shape of the weight."""
@@ -78,27 +72,16 @@ class LoRA(Wrapper):
         """The weight that the layer acts with, base and bypass together."""
         return self.base.dense() + self.delta()
 
-    def merged(self, requantise=None):
-        """A new layer that computes the same, without the bypass: a plain `Linear`.
-
-        Args:
-            requantise: only for a base that is quantised, where it must be said: `False` for a
-                plain layer, `True` for one with the settings of the base, which rounds the
-                update away where it is small against the step of the grid.
-
-        Raises:
-            ValueError: if the merged weight is not finite, or `requantise` is not said.
-        """
-        bias = None if self.base.bias is None else self.base.bias.data.copy()
-        return merged_onto(self.base, finite(self.dense()), bias, requantise)
-
-    def _dropped(self, x):
-        return ops.dropout(x, self.dropout, self.rng) if self.training and self.dropout else x
+    def bypass(self, x):
+        """scaling · B A x."""
+        if self.training and self.dropout:
+            x = ops.dropout(x, self.dropout, self.rng)
+        # scaling goes onto the r numbers between A and B, the fewest there are
+        return ops.linear(ops.linear(x, self.A) * self.scaling, self.B)  # … d_in -> r -> d_out
 
     def forward(self, x):
-        # scaling goes onto the r numbers between A and B, the fewest there are
-        h = ops.linear(self._dropped(x), self.A) * self.scaling  # (…, d_in) -> (…, r)
-        return self.base(x) + ops.linear(h, self.B)  # (…, r) -> (…, d_out)
+        low = self.bypass(x)
+        return self.base(x) + low
 
     def __repr__(self):
         return f"{type(self).__name__}(r={self.r}, alpha={self.alpha:g}, base={self.base!r})"
@@ -114,9 +97,10 @@ class DoRA(LoRA):
     Source: Liu et al. 2024, arXiv 2402.09353, sections 4.1 and 4.3.
     """
 
-    def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
-        super().__init__(base, r, alpha, dropout=dropout, rslora=rslora, rng=rng)
-        self.magnitude = Parameter(self._norms(base.dense()))
+    def start(self, weight):
+        """Make A, B and m."""
+        super().start(weight)
+        self.magnitude = Parameter(self._norms(weight))
 
     @staticmethod
     def _norms(weight):
@@ -128,10 +112,8 @@ class DoRA(LoRA):
         return (self.magnitude.data / self._norms(v))[:, None] * v
 
     def forward(self, x):
-        norms = self._norms(super().dense())
-        h = ops.linear(self._dropped(x), self.A) * self.scaling  # (…, d_in) -> (…, r)
-        y = ops.linear(x, Tensor(self.base.dense())) + ops.linear(h, self.B)  # (…, d_out)
-        y = y * (self.magnitude / norms)
+        y = ops.linear(x, Tensor(self.base.dense())) + self.bypass(x)  # (…, d_in) -> (…, d_out)
+        y = y * (self.magnitude / self._norms(super().dense()))
         return y if self.base.bias is None else y + self.base.bias
 
 
@@ -145,13 +127,12 @@ class PiSSA(LoRA):
     Source: Meng et al. 2024, arXiv 2404.02948, section 3.
     """
 
-    def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
-        super().__init__(base, r, alpha, dropout=dropout, rslora=rslora, rng=rng)
-        weight = base.dense()
+    def start(self, weight):
+        """Make A and B of the largest singular directions, and the residual of the others."""
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
-        root = np.sqrt(s[:r] / self.scaling).astype(weight.dtype)
-        self.A.data[...] = root[:, None] * vt[:r]  # (r, d_in)
-        self.B.data[...] = u[:, :r] * root  # (d_out, r)
+        root = np.sqrt(s[: self.r] / self.scaling).astype(weight.dtype)
+        self.A = Parameter(root[:, None] * vt[: self.r])  # (r, d_in)
+        self.B = Parameter(u[:, : self.r] * root)  # (d_out, r)
         self.residual = Tensor(weight - super().delta())
 
     def delta(self):
@@ -163,8 +144,7 @@ class PiSSA(LoRA):
         return self.residual.data + super().delta()
 
     def forward(self, x):
-        h = ops.linear(self._dropped(x), self.A) * self.scaling  # (…, d_in) -> (…, r)
-        return ops.linear(x, self.residual, self.base.bias) + ops.linear(h, self.B)  # (…, d_out)
+        return ops.linear(x, self.residual, self.base.bias) + self.bypass(x)
 
 
 class LoRAEmbedding(LoRA):
@@ -176,59 +156,20 @@ class LoRAEmbedding(LoRA):
     Source: the convention of the LoRA authors' code for embeddings.
     """
 
-    def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
-        if dropout:
-            raise ValueError(f"dropout is {dropout!r}; expected 0 for an embedding")
-        if not isinstance(base, Embedding):
-            raise TypeError(f"base is {base!r}; expected an Embedding")
-        n, d = base.dense().shape
-        self._settle(base, r, alpha, dropout, rslora, rng)
-        dtype = base.dense().dtype
-        self.A = Parameter(np.zeros((r, n), dtype))
-        self.B = Parameter((rng.standard_normal((d, r)) / r**0.5).astype(dtype))
+    def start(self, weight):
+        """Make A and B."""
+        n, d = weight.shape
+        self.A = Parameter(np.zeros((self.r, n), weight.dtype))
+        b = self.rng.standard_normal((d, self.r)) / self.r**0.5
+        self.B = Parameter(b.astype(weight.dtype))
 
     def delta(self):
         """The update that the bypass stands for, as an array (n, d)."""
         return super().delta().T  # (d, n) -> (n, d)
 
-    def merged(self):
-        """A new plain `Embedding` that looks up the same rows."""
-        return like(self.base, Embedding.of(finite(self.dense())))
-
     def forward(self, ids):
         h = ops.embedding(ops.transpose(self.A), ids) * self.scaling  # (…) -> (…, r)
         return self.base(ids) + ops.linear(h, self.B)  # (…, r) -> (…, d)
-
-
-def finite(weight):
-    """`weight`, or a ValueError if some of it is nan or infinite."""
-    if not np.isfinite(weight).all():
-        raise ValueError("the merged weight would hold a nan or an infinity; training diverged")
-    return weight
-
-
-def like(base, layer):
-    """`layer`, frozen where `base` is; a base without that parameter counts as frozen."""
-    for name, p in layer.named_parameters():
-        p.requires_grad = getattr(getattr(base, name, None), "requires_grad", False)
-    return layer
-
-
-def merged_onto(base, weight, bias, requantise):
-    """A new layer of this weight and bias in place of `base`: plain, or quantised as it was."""
-    if requantise is None and hasattr(base, "requantised"):
-        raise ValueError(
-            "the base is quantised; say requantise=False for a plain layer, or requantise=True for "
-            "a quantised one, which loses what is small against the step of its grid"
-        )
-    layer = like(base, Linear.of(weight, bias))
-    return base.requantised(layer) if requantise else layer
-
-
-def check_plain(model):
-    """Raise a ValueError if the model carries an adapter already."""
-    if wrappers(model):
-        raise ValueError("this model carries an adapter already; merge or detach it first")
 
 
 def lora(
@@ -262,29 +203,19 @@ def lora(
         ValueError: for a bad `r`, `alpha` or `dropout`, for a layer whose weight is tied to
             another's, or for a model that carries an adapter already. The model is left as it was.
     """
-    check_plain(model)
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
-    tied, names = _tied(model), {id(m): name for name, m in model.named_modules()}
-
-    def wrap(layer):
-        weight = id(getattr(layer, "weight", None))  # a compressed layer has none
-        if weight in tied:
+    fresh = {}
+    for name, layer in plain(model, tuple(ranks), (Linear, Embedding)).items():
+        kind = LoRAEmbedding if isinstance(layer, Embedding) else variant
+        if kind is not variant and (variant is not LoRA or dropout):
             raise ValueError(
-                f"the weight of {layer!r} is tied: {' and '.join(tied[weight])} are one "
-                "parameter, so merging a bypass on one side would move the other; leave it out of "
-                "targets, or untie it"
+                f"variant is {variant.__name__}; expected LoRA for {layer!r}, no dropout"
             )
-        table = isinstance(layer, Embedding)
-        if table and variant is not LoRA:
-            raise ValueError(f"variant is {variant.__name__}; expected LoRA for {layer!r}")
-        rank = next(r for pattern, r in ranks.items() if fnmatchcase(names[id(layer)], pattern))
-        kind = LoRAEmbedding if table else variant
-        return kind(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
-
-    hits = replace(model, tuple(ranks), wrap, kind=(Linear, Embedding))
-    freeze(model)
+        rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
+        fresh[name] = kind(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
+    freeze(put_all(model, fresh))
     parts = ("A", "B", "magnitude") if variant is DoRA else ("A", "B")
-    return unfreeze(model, [f"{name}.{part}" for name in hits for part in parts])
+    return unfreeze(model, [f"{name}.{part}" for name in fresh for part in parts])
 
 
 def lora_plus(model, lr, ratio=16.0, **kwargs):
@@ -299,15 +230,3 @@ def lora_plus(model, lr, ratio=16.0, **kwargs):
     trained = model.trainable()
     factors = [ratio if name.endswith(".B") else 1.0 for name in trained]
     return AdamW(trained.values(), lr, factors=factors, **kwargs)
-
-
-def _tied(model):
-    """The names under which each shared parameter stands, by its id."""
-    names = [
-        (id(p), f"{prefix}.{name}")
-        for prefix, module in model.named_modules()
-        for name, p in vars(module).items()
-        if isinstance(p, Parameter)
-    ]
-    times = Counter(key for key, _ in names)
-    return {k: [name for key, name in names if key == k] for k, n in times.items() if n > 1}

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import ops
-from ..surgery import Wrapper, put, wrappers
+from ..surgery import Wrapper, put_all, wrappers
 from ..tensor import Tensor
-from .lora import LoRA, check_plain, is_whole
+from .lora import LoRA
 
 
 def _checked(adapters):
@@ -50,8 +50,6 @@ def combine(adapters, weights, r=None):
     weights = [float(w) for w in weights]
     if len(weights) != len(adapters) or not np.isfinite(weights).all():
         raise ValueError(f"weights is {weights}; expected {len(adapters)} finite numbers")
-    if r is not None and (not is_whole(r) or r < 1):
-        raise ValueError(f"r is {r!r}; expected a whole number, 1 or more, or None")
     combined = {}
     for name, base in bases.items():
         parts = [(w, a[name]) for w, a in zip(weights, adapters, strict=True) if name in a]
@@ -121,15 +119,16 @@ def many(model, adapters):
         ValueError: if the model carries an adapter.
         LookupError: if an adapter wraps layers of another model. The model is left as it was.
     """
-    check_plain(model)
     _, bases = _checked(adapters.values())
     modules = dict(model.named_modules())
     for name, base in bases.items():
         if modules.get(name) is not base:
             raise LookupError(f"many: the layer at {name} is not the one these adapters wrap")
-    for name, base in bases.items():
-        put(model, name, Many(base, {key: part.get(name) for key, part in adapters.items()}))
-    return model
+    fresh = {
+        name: Many(base, {key: part.get(name) for key, part in adapters.items()})
+        for name, base in bases.items()
+    }
+    return put_all(model, fresh)
 
 
 @contextmanager

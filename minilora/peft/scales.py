@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from ..nn import Linear, Parameter
-from ..surgery import Wrapper, freeze, replace, unfreeze
-from .lora import check_plain, finite, merged_onto
+from ..nn import Linear, Module, Parameter
+from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 
 
 def full(model):
@@ -17,7 +16,7 @@ def bitfit(model):
 
     Source: Ben Zaken et al. 2022, arXiv 2106.10199, section 3.
     """
-    check_plain(model)
+    plain(model, "*", Module)
     freeze(model)
     return unfreeze(model, "*.bias")
 
@@ -34,6 +33,8 @@ class IA3(Wrapper):
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
 
+    settings = ("side",)
+
     def __init__(self, base, side="out", *, rng=None):
         if side not in ("out", "in"):
             raise ValueError(f"side is {side!r}; expected 'out' or 'in'")
@@ -41,25 +42,15 @@ class IA3(Wrapper):
         size = base.d_out if side == "out" else base.d_in
         self.scale = Parameter(np.ones(size, base.dense().dtype))
 
-    def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
-        return {"kind": "IA3", "side": self.side}
-
     def dense(self):
         """The weight that the layer acts with."""
         scale = self.scale.data
         return self.base.dense() * (scale[:, None] if self.side == "out" else scale)
 
-    def merged(self, requantise=None):
-        """A new layer that computes the same; `requantise` is as for `LoRA.merged`.
-
-        Raises:
-            ValueError: if the merged weight is not finite, or `requantise` is not said.
-        """
-        bias = None if self.base.bias is None else self.base.bias.data.copy()
-        if bias is not None and self.side == "out":
-            bias *= self.scale.data
-        return merged_onto(self.base, finite(self.dense()), bias, requantise)
+    def merged_bias(self):
+        """The bias is scaled only on the way out."""
+        bias = super().merged_bias()
+        return bias if bias is None or self.side == "in" else bias * self.scale.data
 
     def forward(self, x):
         if self.side == "out":
@@ -77,9 +68,8 @@ def ia3(model, out="blocks.*.attn.[kv]", into="blocks.*.mlp.down"):
 
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
-    check_plain(model)
-    replace(model, into, lambda base: base, kind=Linear)  # no match? then nothing is changed yet
-    hits = replace(model, out, lambda base: IA3(base, "out"), kind=Linear)
-    hits += replace(model, into, lambda base: IA3(base, "in"), kind=Linear)
-    freeze(model)
-    return unfreeze(model, [f"{name}.scale" for name in hits])
+    sides = {"out": out, "in": into}
+    found = {side: plain(model, patterns, (Linear,)) for side, patterns in sides.items()}
+    fresh = {n: IA3(m, side) for side, layers in found.items() for n, m in layers.items()}
+    freeze(put_all(model, fresh))
+    return unfreeze(model, [f"{name}.scale" for name in fresh])
