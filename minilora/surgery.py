@@ -212,6 +212,10 @@ def merge(model, requantise=None):
     found = wrappers(model)
     if not found:
         raise ValueError("merge: this model has no wrapper (was it merged or detached before?)")
+    for name, wrapper in found.items():
+        why = wrapper.why_not_merged or ("" if hasattr(wrapper, "dense") else "it has no dense()")
+        if why:
+            raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
     quantised = [name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")]
     if (requantise is None) == bool(quantised):
         what = "no layer here is quantised"
@@ -220,10 +224,6 @@ def merge(model, requantise=None):
         raise ValueError(f"merge: requantise is {requantise}, but {what}")
     fresh = {}
     for name, wrapper in found.items():
-        why = wrapper.why_not_merged
-        if why or not hasattr(wrapper, "dense"):
-            kind, why = type(wrapper).__name__, why or "it has no dense()"
-            raise TypeError(f"merge: {name} ({kind}) cannot be merged: {why}")
         try:
             fresh[name] = wrapper.merged()
         except ValueError as error:
