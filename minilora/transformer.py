@@ -161,7 +161,9 @@ class Transformer(Module):
     def config(self):
         """What builds a model of these shapes, read off its layers, so that surgery counts too."""
         (vocab_size, d), n_positions = self.tokens.dense().shape, len(self.positions.dense())
-        attn, mlp = [b.attn for b in self.blocks], [b.mlp for b in self.blocks]
+        # what a wrapper holds has the sizes
+        attn = [getattr(b.attn, "base", b.attn) for b in self.blocks]
+        mlp = [getattr(b.mlp, "base", b.mlp) for b in self.blocks]
         n_head, inner = [a.n_head for a in attn], [m.up.d_out for m in mlp]
         d_head = attn[0].o.d_in // n_head[0]
         found = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": d}

@@ -211,6 +211,11 @@ def test_products_backward_by_formula():
     assert products(last)[1] == 6 + 4 * 6 - 6 + 4 + 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_leaves_the_configuration_as_it_was(name):
+    assert METHODS[name](tiny()).config == tiny().config
+
+
 # ------------------------------------------------------------------ merging
 
 
