@@ -63,10 +63,8 @@ def _matching(names, patterns, what):
     for pattern in as_patterns(patterns) or ("",):  # no pattern at all hits nothing either
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
-            near = get_close_matches(pattern, names, n=4, cutoff=0) or names[:4]
-            raise LookupError(
-                f"pattern {pattern!r} matches no {what}; near names: {', '.join(near)}"
-            )
+            near = ", ".join(get_close_matches(pattern, names, n=4, cutoff=0) or names[:4])
+            raise LookupError(f"pattern {pattern!r} matches no {what}; near names: {near}")
         hits |= found
     return [name for name in names if name in hits]
 

@@ -368,6 +368,8 @@ def test_folding_a_prefix_changes_nothing_but_its_form():
     ml.fold(model)
     np.testing.assert_allclose(logits(model), before, atol=1e-14)
     assert ml.count(model, quiet=True).trainable == 2 * 2 * 3 * 8
+    frozen = ml.fold(ml.freeze(moved("prefix mlp")))
+    assert not frozen.trainable()
 
 
 @pytest.mark.parametrize("recipe", [ml.prefix, ml.prompt])
