@@ -1,10 +1,12 @@
 """What must be set before any test: kernels and xdist's workers inherit the environment."""
 
+import pytest
 from hypothesis import settings
 
 from refresh_notebooks import one_thread
 
 one_thread()
+pytest.register_assert_rewrite("helpers")  # its assertions then say what differs
 
 # A slow machine fails no test, and every run tries the same examples.
 settings.register_profile("minilora", deadline=None, derandomize=True, database=None)
