@@ -7,6 +7,7 @@ import base64
 import functools
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -268,6 +269,13 @@ def test_what_only_looks_bad_passes(change):
     assert not broken(nb)
 
 
+def test_each_setting_of_reproduce_runs_every_night():
+    script = (ROOT / "tests" / "reproduce.sh").read_text("utf-8")
+    settings = re.search(r'^settings="(.*?)"', script, re.M | re.S)[1].split()
+    nightly = (ROOT / ".github" / "workflows" / "nightly.yml").read_text("utf-8")
+    assert settings == re.findall(r"^          - (\S+)$", nightly, re.M)
+
+
 # --- whose machine it is does not matter ------------------------------------------------------
 
 FACTS = """
@@ -298,6 +306,7 @@ def test_nothing_that_a_reader_has_set_reaches_a_kernel(tmp_path):
     path = os.pathsep.join([str(theirs), os.environ.get("PYTHONPATH", "")])
     hostile = dict.fromkeys(["IPYTHONDIR", "MPLCONFIGDIR"], str(theirs)) | {
         "MINILORA_TEST_HOME": "",  # not the one of this run
+        "PYTEST_ADDOPTS": "",
         "PYTHONPATH": path,
         "PYTHONSTARTUP": str(theirs / "helpers.py"),
         "PYTHONIOENCODING": "ascii",
