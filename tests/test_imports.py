@@ -214,3 +214,29 @@ def test_importing_minilora_imports_no_heavy_package():
         check=True,
     )
     assert (run.stdout, run.stderr) == ("[]\n", "")
+
+
+# ------------------------------------------------------------------ on every machine
+
+
+def in_the_reader_s_encoding(tree):
+    """Lines that read or write text without saying in which encoding."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "encoding" not in {k.arg for k in node.keywords}:
+            name = getattr(node.func, "attr", "") or getattr(node.func, "id", "")
+            mode = str(getattr(node.args[1], "value", "b")) if len(node.args) > 1 else "r"
+            text = {
+                "read_text": not node.args,
+                "write_text": len(node.args) == 1,
+                "open": isinstance(node.func, ast.Name) and "b" not in mode,
+                "run": "text" in {k.arg for k in node.keywords},
+            }
+            if text.get(name):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("folder", ["minilora", "tests"])
+def test_text_is_read_alike_on_every_machine(folder):
+    files = {path.name: path.read_text("utf-8") for path in (ROOT / folder).rglob("*.py")}
+    found = [(n, i) for n, text in files.items() for i in in_the_reader_s_encoding(ast.parse(text))]
+    assert found == []
