@@ -13,6 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Where jupyter is installed, nbformat would build a grammar of web addresses as it is imported, two
+# seconds in each process, to check what no notebook holds. It does without where there is none.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Whose names start so is dropped, …
