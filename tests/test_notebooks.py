@@ -276,12 +276,12 @@ def test_each_setting_of_reproduce_runs_every_night():
     assert settings == re.findall(r"^          - (\S+)$", nightly, re.M)
 
 
-# --- whose machine it is does not matter ------------------------------------------------------
+# --- a notebook in a run of its own, started by someone with settings -------------------------
 
 FACTS = """
 import os, matplotlib, minilora
 print("spoilt" in globals(), __debug__, open(os.devnull).encoding.lower())
-print(matplotlib.rcParams["figure.figsize"], "inline" in matplotlib.get_backend())
+print(matplotlib.rcParams["figure.figsize"], "inline" in os.environ["MPLBACKEND"])
 print(*map(os.environ.get, ["PYTHONSTARTUP", "OMP_NUM_THREADS", "COLUMNS"]))
 "one"
 "two"
@@ -289,40 +289,56 @@ print(*map(os.environ.get, ["PYTHONSTARTUP", "OMP_NUM_THREADS", "COLUMNS"]))
 SEEN = "False True utf-8\n[6.4, 4.8] True\nNone 1 80\n"
 
 
-def test_nothing_that_a_reader_has_set_reaches_a_kernel(tmp_path):
-    nb = new_notebook(cells=[code(FACTS, stream(SEEN))])
-    value = {"data": {"text/plain": "'two'"}, "execution_count": 1}
-    nb.cells[0].outputs.append(new_output("execute_result", **value))
-    nb.cells[0].execution_count = 1
-    nbformat.write(normalise(nb), tmp_path / "facts.ipynb")
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What became of each cell: one tells of its surroundings, then an exercise is solved twice."""
+    folder, theirs = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("theirs")
+    value = new_output("execute_result", {"text/plain": "'two'"}, execution_count=1)
+    cells = [
+        code(FACTS, stream(SEEN), value),
+        code("answer = None\n# check\nprint('Right.' if answer == 3 else 'No.')", stream("No.\n")),
+        *(new_markdown_cell(f"<details>\n```python\nanswer = {n}\n```\n</details>") for n in "34"),
+    ]
+    cells[0].execution_count = cells[1].execution_count = 1
+    nbformat.write(normalise(new_notebook(cells=cells)), folder / "facts.ipynb")
 
-    theirs = tmp_path / "theirs"
-    (theirs / "profile_default").mkdir(parents=True)
     config = "c = get_config()\nc.InteractiveShell.ast_node_interactivity = 'all'\n"
+    (theirs / "profile_default").mkdir()
     (theirs / "profile_default" / "ipython_config.py").write_text(config, "utf-8")
     (theirs / "matplotlibrc").write_text("figure.figsize: 1, 1\n", "utf-8")
-    for module in ("helpers", "minilora", "matplotlib"):
+    for module in ("helpers", "surroundings", "minilora", "matplotlib"):
         (theirs / f"{module}.py").write_text("spoilt = True\n", "utf-8")
-    path = os.pathsep.join([str(theirs), os.environ.get("PYTHONPATH", "")])
     hostile = dict.fromkeys(["IPYTHONDIR", "MPLCONFIGDIR"], str(theirs)) | {
         "MINILORA_TEST_HOME": "",  # not the one of this run
         "PYTEST_ADDOPTS": "",
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([str(theirs), os.environ.get("PYTHONPATH", "")]),
         "PYTHONSTARTUP": str(theirs / "helpers.py"),
         "PYTHONIOENCODING": "ascii",
         "PYTHONUTF8": "0",
         "MPLBACKEND": "svg",
         "OMP_NUM_THREADS": "7",
-        "FORCE_COLOR": "1",
         "LC_ALL": "C",
         "COLUMNS": "20",
     }
-    run = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    # Both files must be named, for the notebook lies elsewhere.
+    options = "-c pyproject.toml -p conftest -p no:cacheprovider -n 0 -rA --color=no".split()
     done = subprocess.run(
-        [*run, "conftest.py", tmp_path / "facts.ipynb"],  # the first, for the second lies outside
+        [sys.executable, "-m", "pytest", *options, folder / "facts.ipynb"],
         cwd=ROOT,
         env=os.environ | hostile,
         capture_output=True,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stdout
+    found = {cell: how for how, cell in re.findall(r"^([A-Z]+) .*::(\w+ \d)", done.stdout, re.M)}
+    assert len(found) == 4, done.stdout + done.stderr
+    return found, done.stdout
+
+
+def test_nothing_that_a_reader_has_set_reaches_a_kernel(outcomes):
+    found, text = outcomes
+    assert found["Cell 0"] == found["Cell 1"] == "PASSED", text
+
+
+def test_a_solution_must_pass_the_check_of_its_exercise(outcomes):
+    found, text = outcomes
+    assert (found["Solution 1"], found["Solution 2"]) == ("PASSED", "FAILED"), text
