@@ -1,5 +1,6 @@
 """What holds for all tests, those in `notebooks/` too: surroundings, order, solved exercises."""
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -47,6 +48,7 @@ class Notebook(IPyNbFile):
     def collect(self):
         """Its own cells, to be compared with what is stored, then a cell for each solution."""
         cells = list(super().collect())
+        self.seconds = seconds_to_run(self.nb)
         for i, cell in enumerate(solved(self.nb), 1):
             cells.append(
                 Solution.from_parent(
@@ -77,4 +79,4 @@ def pytest_collection_modifyitems(config, items):
     if "nightly" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("nightly")])
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
-    items.sort(key=lambda i: -seconds_to_run(i.parent.nb) if isinstance(i, IPyNbCell) else -1e9)
+    items.sort(key=lambda item: -getattr(item.parent, "seconds", math.inf))
