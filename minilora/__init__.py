@@ -10,6 +10,7 @@ from .nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
 from .transformer import Attention, Block, Transformer, attend, generate
 from .optim import SGD, AdamW, constant, cosine
 from .surgery import (
+    Wrapper,
     attach,
     count,
     detach,
@@ -28,6 +29,7 @@ from .peft import (
     PiSSA,
     Prefix,
     Prompt,
+    TokenRows,
     adapter,
     bitfit,
     choose,
@@ -40,6 +42,7 @@ from .peft import (
     many,
     prefix,
     prompt,
+    token_rows,
 )
 from .train import History, Score, evaluate, fit, task_batches
 from .io import load_adapter, load_base, load_eval, load_model, save_adapter, save_model

@@ -92,8 +92,17 @@ class Module:
         return type(self).__name__ + "(" + "".join(f"\n  {line}" for line in inner) + ")"
 
 
+def check_rng(rng):
+    """`rng` itself, if it is a generator and not a seed."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"rng is {rng!r}; expected a numpy.random.Generator, such as np.random.default_rng(0)"
+        )
+    return rng
+
+
 def _normal(rng, shape, std, dtype):
-    return Parameter((std * rng.standard_normal(shape)).astype(dtype))
+    return Parameter((std * check_rng(rng).standard_normal(shape)).astype(dtype))
 
 
 class Linear(Module):

@@ -26,6 +26,10 @@ class Wrapper(Module):
         """What rebuilds this wrapper around its base, for a file."""
         return {"kind": type(self).__name__} | {name: getattr(self, name) for name in self.settings}
 
+    def learned(self):
+        """The parameters by name that this wrapper adds to its base: what trains and is saved."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("base.")}
+
     def merged_bias(self):
         """The bias that the layer acts with, or None."""
         bias = getattr(self.base, "bias", None)
@@ -37,19 +41,11 @@ class Wrapper(Module):
         if not np.isfinite(weight).all():
             raise ValueError("the merged weight would hold a nan or an infinity; training diverged")
         table = isinstance(self.base, Embedding)
-        return like(
-            self.base, Embedding.of(weight) if table else Linear.of(weight, self.merged_bias())
-        )
+        layer = Embedding.of(weight) if table else Linear.of(weight, self.merged_bias())
+        return like(self.base, layer)
 
-    @property
-    def d_in(self):
-        """Features that come in."""
-        return self.base.d_in
-
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.base.d_out
+    d_in = property(lambda self: self.base.d_in, doc="Features that come in.")
+    d_out = property(lambda self: self.base.d_out, doc="Features that go out.")
 
 
 def like(base, layer):
@@ -67,7 +63,7 @@ def as_patterns(patterns):
 def _matching(names, patterns, what):
     """Those of `names` that match some pattern; a pattern that hits nothing is an error."""
     names, hits = list(names), set()
-    for pattern in as_patterns(patterns):
+    for pattern in as_patterns(patterns) or ("",):  # no pattern at all hits nothing either
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             near = get_close_matches(pattern, names, n=4, cutoff=0) or names[:4]
@@ -80,13 +76,11 @@ def _matching(names, patterns, what):
 
 def put(model, name, module):
     """Set the module at a dotted name, such as `blocks.0.attn.q`, in the model's training mode."""
-    at, (*path, last) = model, name.split(".")
+    at, (*path, last) = vars(model), name.split(".")
     for step in path:
-        at = at[_key(at, step)] if isinstance(at, (list, dict)) else getattr(at, step)
-    if isinstance(at, (list, dict)):
-        at[_key(at, last)] = module
-    else:
-        setattr(at, last, module)
+        at = at[_key(at, step)]
+        at = vars(at) if isinstance(at, Module) else at
+    at[_key(at, last)] = module
     module.train(model.training)
 
 
@@ -100,14 +94,18 @@ def find(model, patterns, kind=Module):
     Args:
         model: to look into.
         patterns: one or several of `fnmatch`'s: `blocks.*.attn.[qv]`; a `*` crosses dots.
-        kind: a class, a tuple of classes, or the names of what the module must have, such as
-            "up down" for an MLP.
+        kind: a class, a tuple of classes, or the names of what the module must have: "up down"
+            for an MLP, "q k v o|up down" for attention or an MLP.
 
     Raises:
         LookupError: if a pattern matches nothing; the message lists near names.
     """
-    parts = kind.split() if isinstance(kind, str) else ()
-    fits = lambda m: all(hasattr(m, p) for p in parts) if parts else isinstance(m, kind)  # noqa: E731
+
+    def fits(module):
+        if not isinstance(kind, str):
+            return isinstance(module, kind)
+        return any(all(hasattr(module, n) for n in names.split()) for names in kind.split("|"))
+
     modules = {name: m for name, m in model.named_modules() if name and fits(m)}
     what = "module" if kind is Module else "layer of the right kind"
     return {name: modules[name] for name in _matching(modules, patterns, what)}
@@ -130,8 +128,13 @@ def replace(model, patterns, wrap, kind=Module):
     return list(fresh)
 
 
-def plain(model, patterns, kind=Linear):
-    """What `find` finds, on a model that carries no adapter, if its weights are its own."""
+def plain(model, patterns, kind=Linear, ties=False):
+    """What `find` finds, on a model that carries no adapter: the one guard of every recipe.
+
+    A weight under two names is refused, as a new layer in one of its places would part them.
+    Prompts and biases put none there: `ties=True`. To be compressed, `kind=Linear`, a layer must
+    also be a plain one, with finite numbers.
+    """
     if wrappers(model):
         raise ValueError("this model carries an adapter already; merge or detach it first")
     found, owners = find(model, patterns, kind), {}
@@ -142,12 +145,11 @@ def plain(model, patterns, kind=Linear):
         if kind is Linear and type(module) is not Linear:
             raise TypeError(f"{name} is {module!r}; expected a plain Linear")
         for part, p in module.named_parameters():
-            if len(owners[id(p)]) > 1 and part.endswith(("weight", "bias")):  # not a Tucker form
+            shared = len(owners[id(p)]) > 1 and part.endswith(("weight", "bias"))  # or Tucker's
+            if shared and not ties:
                 both = " and ".join(owners[id(p)])
-                raise ValueError(
-                    f"{name} is tied: {both} are one parameter; leave it out of targets"
-                )
-            if not np.isfinite(p.data).all():
+                raise ValueError(f"{name} is tied: {both} are one parameter; leave it out")
+            if kind is Linear and not np.isfinite(p.data).all():
                 raise ValueError(f"{name} holds a nan or an infinity; expected finite weights")
     return found
 
@@ -167,6 +169,15 @@ def freeze(model, patterns="*"):
 def unfreeze(model, patterns="*"):
     """Put the parameters whose names match on the tape: they train."""
     return _set_requires_grad(model, patterns, True)
+
+
+def wear(model, fresh):
+    """Put wrappers in their places by name; what they add trains, and nothing else does."""
+    freeze(put_all(model, fresh))
+    for wrapper in fresh.values():
+        for p in wrapper.learned().values():
+            p.requires_grad = True
+    return model
 
 
 def wrappers(model):
@@ -197,22 +208,20 @@ def merge(model, requantise=None):
         ValueError: if there is nothing to merge, if a merged weight would not be finite, or if
             `requantise` is missing where it is needed, or given where nothing is quantised.
         TypeError: if a wrapper cannot be merged; the message says which and why.
-        In each case the model is left as it was.
     """
     found = wrappers(model)
     if not found:
         raise ValueError("merge: this model has no wrapper (was it merged or detached before?)")
     for name, wrapper in found.items():
-        if wrapper.why_not_merged:
-            kind = type(wrapper).__name__
-            raise TypeError(f"merge: {name} ({kind}) cannot be merged: {wrapper.why_not_merged}")
+        why = wrapper.why_not_merged or ("" if hasattr(wrapper, "dense") else "it has no dense()")
+        if why:
+            raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
     quantised = [name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")]
-    if quantised and requantise is None:
-        raise ValueError(
-            f"merge: {quantised[0]}: the base is quantised; say requantise=True or False"
-        )
-    if requantise is not None and not quantised:
-        raise ValueError(f"merge: requantise is {requantise!r}, but no layer here is quantised")
+    if (requantise is None) == bool(quantised):
+        what = "no layer here is quantised"
+        if quantised:
+            what = f"the base of {quantised[0]} is quantised; say True or False"
+        raise ValueError(f"merge: requantise is {requantise}, but {what}")
     fresh = {}
     for name, wrapper in found.items():
         try:
@@ -233,8 +242,7 @@ def detach(model):
         What was trained outside the wrappers, such as biases or norms, stays as it is.
     """
     adapter = wrappers(model)
-    for name, wrapper in adapter.items():
-        put(model, name, wrapper.base)
+    put_all(model, {name: wrapper.base for name, wrapper in adapter.items()})
     return adapter
 
 
@@ -243,26 +251,28 @@ def attach(model, adapter):
 
     Raises:
         LookupError: if the adapter wraps layers that this model does not have, such as those of
-            another model, or those from before a merge. The model is left as it was.
+            another model, or those from before a merge.
     """
-    on = wrappers(model)
-    modules = dict(model.named_modules())
+    on, modules = wrappers(model), dict(model.named_modules())
     for name, wrapper in adapter.items():
         at = on[name].base if name in on else modules.get(name)
         if at is not wrapper.base:
             raise LookupError(f"attach: the layer at {name} is not the one this adapter wraps")
     detach(model)
-    for name, wrapper in adapter.items():
-        put(model, name, wrapper)
-    return model
+    return put_all(model, adapter)
 
 
 @contextmanager
 def detached(model):
-    """Inside this block the model is its bare base: the adapter is off, then on again."""
+    """Inside this block the model is its bare base: the adapter is off, then on again.
+
+    An adapter that the block puts on must be off again at its end, or it would be lost.
+    """
     adapter = detach(model)
     try:
         yield model
+        if wrappers(model):
+            raise ValueError("detached: the block left an adapter on; detach and keep it inside")
     finally:
         attach(model, adapter)
 

@@ -123,10 +123,9 @@ def test_a_sum_is_an_adapter_like_any_other(tmp_path):
 @pytest.mark.parametrize(
     "weights, r, message",
     [
-        ([1], None, r"weights is \[1.0\]; expected 2 finite numbers"),
-        ([1, np.nan], None, "weights is .*nan.*; expected 2 finite"),
-        ([1, 1], 0, "r is 0; expected a whole number, 1 or more, or None"),
-        ([1, 1], True, "r is True; expected"),
+        ([1], None, "weights"),
+        ([1, np.nan], None, "weights"),
+        ([1, 1], 0, "r is 0"),
     ],
 )
 def test_sums_that_make_no_sense_are_refused(weights, r, message):
@@ -137,11 +136,13 @@ def test_sums_that_make_no_sense_are_refused(weights, r, message):
 
 def test_adapters_of_other_bases_or_kinds_are_refused():
     model, other = small(), small()
-    with pytest.raises(ValueError, match=r"two different layers at blocks.0.attn.q"):
+    with pytest.raises(ValueError, match="two different layers"):
         combine([made(model, 1, 1), made(other, 1, 2)], [1, 1])
     with pytest.raises(ValueError, match="adapters is empty"):
         combine([], [])
-    with pytest.raises(TypeError, match="is a DoRA; need LoRA"):
+    with pytest.raises(ValueError, match="adapters is empty"):
+        many(model, {})
+    with pytest.raises(TypeError, match="is a DoRA"):
         combine([made(model, 1, 1, variant=DoRA)], [1])
 
 
@@ -176,23 +177,46 @@ def test_a_batch_needs_a_name_for_each_sample():
         model(IDS)
     with choose(model, ["a"]), pytest.raises(ValueError, match="a batch of 6, .* chosen for 1"):
         model(IDS)
-    with pytest.raises(ValueError, match=r"names has 'd'; expected names out of \['a', 'b', 'c'"):
+    with pytest.raises(ValueError, match="names has 'd'"):
         choose(model, ["d"]).__enter__()
     with pytest.raises(ValueError, match="adapters chosen for none"):  # the choice has ended
         model(IDS)
 
 
+def test_choices_nest():
+    model = small()
+    many(model, three(model))
+    with choose(model, ["a"] * 6):
+        outer = logits(model)
+        with choose(model, [None] * 6):
+            inner = logits(model)
+            with pytest.raises(KeyError), choose(model, ["b"] * 6):
+                raise KeyError
+            np.testing.assert_array_equal(logits(model), inner)
+        np.testing.assert_array_equal(logits(model), outer)
+    assert np.abs(inner - outer).max() > 0.01
+
+
+def test_a_sum_can_learn_in_every_direction():
+    model = small()
+    total = combine([made(model, 2, 1), made(model, 2, 2)], [1, 0])
+    for wrapper in total.values():  # rank 2, in factors of rank 4
+        assert wrapper.r == 4
+        assert np.count_nonzero(np.linalg.norm(wrapper.B.data, axis=0) > 1e-6) == 2
+        assert (np.linalg.norm(wrapper.A.data, axis=1) > 1e-2).all()
+
+
 def test_what_cannot_be_done_with_many_is_refused_and_changes_nothing():
     model, other = small(), small()
     adapters = three(model)
-    with pytest.raises(LookupError, match="is not the one these adapters wrap"):
+    with pytest.raises(LookupError, match="not the one"):
         many(other, adapters)
     assert not wrappers(other)
     with pytest.raises(ValueError, match="does not carry several"):
         choose(model, ["a"]).__enter__()
     many(model, adapters)
     assert all(type(w) is Many for w in wrappers(model).values())
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(ValueError, match="carries an adapter"):
         many(model, adapters)
     with pytest.raises(TypeError, match="attach one of them"):
         merge(model)

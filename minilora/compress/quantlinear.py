@@ -6,8 +6,6 @@ from ..nn import Linear, Parameter
 from ..ops.basic import gemm, linear, shape_error
 from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 from ..tensor import record
-
-
 from .quantise import Quantised, dequantise, gptq, quantise, unpack
 
 

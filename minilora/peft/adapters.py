@@ -1,60 +1,77 @@
-"""Adapters in series, and learned keys, values and prompts: what cannot be merged."""
+"""Adapters in series or beside, and learned keys, values and prompts: what cannot be merged."""
 
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, LayerNorm, Linear, Parameter
-from ..surgery import Wrapper, find, freeze, plain, put_all, unfreeze
+from ..nn import Embedding, LayerNorm, Linear, Parameter, check_rng
+from ..surgery import Wrapper, find, plain, put_all, unfreeze, wear
 from ..transformer import attend, past, recall
+
+
+def dtype_of(module):
+    """The dtype of the numbers in a module that has a layer inside, quantised or not."""
+    return next(m.dense().dtype for _, m in module.named_modules() if hasattr(m, "dense"))
 
 
 class Adapter(Wrapper):
     """A bottleneck in series: h + up(GELU(down(h))), where h is what the base gives.
+
+    Or in parallel, where `down` takes what the base takes, x: h + up(scale · GELU(down(x))). It
+    then adds nothing to the longest chain of products.
 
     Args:
         base: a module with `d_out`, such as `Attention` or `MLP`.
         r: the width of the bottleneck, 1 or more.
         start: `"exact"`: `up` starts at zero, so the adapter starts as the identity, bit for
             bit; `"near"`: `up` starts as N(0, 0.01²), as in the paper, so it is only close to it.
+        parallel: whether it stands beside the base and not after it.
+        scale: the strength of what it adds; He et al. take 4 in parallel.
         rng: a `numpy.random.Generator`.
 
-    Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1.
+    Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; in parallel: He et al. 2022,
+    arXiv 2110.04366, section 3.3, where the nonlinearity is a ReLU.
     """
 
     why_not_merged = (
         "a nonlinearity stands between its two matrices, so no one matrix does the same"
     )
-    settings = ("r", "start")
+    settings = ("r", "start", "parallel", "scale")
 
-    def __init__(self, base, r, *, start="exact", rng):
-        d, dtype = base.d_out, next(iter(base.parameters())).dtype
+    def __init__(self, base, r, *, start="exact", parallel=False, scale=1.0, rng):
+        if r < 1 or start not in ("exact", "near"):
+            raise ValueError(f"r is {r}, start {start!r}; expected 1 or more, 'exact' or 'near'")
+        d, dtype, std = base.d_out, dtype_of(base), 0.01 if start == "near" else 0.0
         self.base, self.r, self.start = base, int(r), start
+        self.parallel, self.scale = bool(parallel), float(scale)
         self.adapter_down = Linear(d, r, rng=rng, dtype=dtype)
-        self.adapter_up = Linear(r, d, rng=rng, std=0.01 if start == "near" else 0.0, dtype=dtype)
+        self.adapter_up = Linear(r, d, rng=rng, std=std, dtype=dtype)
 
     def forward(self, x):
         h = self.base(x)  # (…, d)
-        return h + self.adapter_up(ops.gelu(self.adapter_down(h)))  # (…, d) -> (…, r) -> (…, d)
+        inner = ops.gelu(self.adapter_down(x if self.parallel else h))  # (…, d) -> (…, r)
+        return h + self.adapter_up(inner * self.scale)  # (…, r) -> (…, d)
 
 
-def adapter(model, r=8, where="houlsby", *, start="exact", norms=False, rng):
+def adapter(
+    model, r=8, where="houlsby", *, start="exact", parallel=False, scale=1.0, norms=False, rng
+):
     """Freeze the model and put bottleneck adapters inside the residual branches.
 
     Args:
         model: changed in place.
-        r, start, rng: as for `Adapter`.
+        r, start, parallel, scale, rng: as for `Adapter`.
         where: `"houlsby"`: after attention and after the MLP, two a block; `"pfeiffer"`: after
-            the MLP, one a block; or patterns for `Attention` and `MLP` modules.
-        norms: whether the LayerNorms train too, as in the papers' parameter counts.
+            the MLP, one a block; or patterns for attention and MLPs.
+        norms: whether the LayerNorms train too, as in the papers' parameter counts. They are not
+            in the wrappers: `detach` leaves them as they are.
 
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247.
     """
     named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
     patterns = named.get(where, where) if isinstance(where, str) else where
-    found = plain(model, patterns, "d_out")
-    fresh = {name: Adapter(m, r, start=start, rng=rng) for name, m in found.items()}
-    freeze(put_all(model, fresh))
-    unfreeze(model, [f"{name}.adapter_*" for name in fresh])
+    settings = {"start": start, "parallel": parallel, "scale": scale, "rng": rng}
+    found = plain(model, patterns, "q k v o|up down")
+    wear(model, {name: Adapter(base, r, **settings) for name, base in found.items()})
     return unfreeze(model, [f"{n}.*" for n in find(model, "*", LayerNorm)]) if norms else model
 
 
@@ -62,15 +79,18 @@ class Prefix(Wrapper):
     """Attention with `m` learned keys and values before the real ones, seen by every query.
 
     Args:
-        base: an `Attention`.
+        base: attention with q, k, v, o and `n_head`.
         m: how many, 1 or more.
         room: the longest input that is left, `n_positions - m`.
         hidden: if given, keys and values come from an MLP with this many hidden features, which
             trains more calmly; `fold` puts what it computes in its place afterwards.
         rng: a `numpy.random.Generator`.
 
-    The real tokens keep the causal mask. A prefix of zeros is *not* the identity: each of its
-    keys takes a share of the softmax, so the output shrinks by Z / (Z + m).
+    The real tokens keep the causal mask and their positions: token t stands at position t, with
+    a prefix or without. (In GPT-2, as Li & Liang and PEFT have it, a prefix is a past, which
+    moves token t to position m + t; so it leaves `room`, and that much is allowed here too.)
+    A prefix of zeros is *not* the identity: each of its keys takes a share of the softmax, so
+    the output shrinks by Z / (Z + m).
 
     Source: Li & Liang 2021, arXiv 2101.00190, sections 4.1 to 4.3.
     """
@@ -84,38 +104,40 @@ class Prefix(Wrapper):
                 f"m is {m}, which leaves {room} positions; expected room for 1 or more"
             )
         self.base, self.m, self.room, self.hidden = base, int(m), int(room), hidden
-        d, dtype = base.d_out, next(iter(base.parameters())).dtype
-        draw = lambda *shape: Parameter(rng.standard_normal(shape).astype(dtype))  # noqa: E731
+        d, inner, dtype = base.d_out, base.k.d_out, dtype_of(base)  # inner < d in pruned heads
+        draw = lambda d: Parameter(check_rng(rng).standard_normal((m, d)).astype(dtype))  # noqa: E731
         if hidden is None:
-            self.keys, self.values = draw(m, d), draw(m, d)
+            self.keys, self.values = draw(inner), draw(inner)
         else:
-            self.seeds = draw(m, d)
+            self.seeds = draw(d)
             self.up = Linear(d, hidden, rng=rng, dtype=dtype)
-            self.down = Linear(hidden, 2 * d, rng=rng, dtype=dtype)
+            self.down = Linear(hidden, 2 * inner, rng=rng, dtype=dtype)
 
     def pair(self):
-        """The keys and the values, each (m, d)."""
+        """The keys and the values, each (m, inner), with inner = n_head · d_head."""
         if self.hidden is None:
             return self.keys, self.values
-        both = self.down(ops.tanh(self.up(self.seeds)))  # (m, d) -> (m, hidden) -> (m, 2d)
-        d = both.shape[1] // 2
-        return both[:, :d], both[:, d:]
+        both = self.down(ops.tanh(self.up(self.seeds)))  # (m, d) -> (m, hidden) -> (m, 2 inner)
+        inner = both.shape[1] // 2
+        return both[:, :inner], both[:, inner:]
 
     def folded(self):
         """The same prefix with plain keys and values, without the MLP."""
         plain = Prefix(self.base, self.m, self.room, rng=np.random.default_rng(0))
-        plain.keys, plain.values = (Parameter(p.data.copy()) for p in self.pair())
+        plain.keys, plain.values = (
+            Parameter(p.data.copy(), self.seeds.requires_grad) for p in self.pair()
+        )
         return plain
 
     def forward(self, x):
-        if x.shape[1] > self.room:
+        if past() + x.shape[1] > self.room:
             raise ValueError(
-                f"the input has {x.shape[1]} tokens; a prefix of {self.m} leaves room for "
-                f"{self.room} (n_positions - m)"
+                f"the input has {past() + x.shape[1]} tokens; a prefix of {self.m} leaves room "
+                f"for {self.room} (n_positions - m)"
             )
         base, (keys, values) = self.base, self.pair()
         k, v = recall(self, base.k(x), base.v(x))
-        k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, d) -> (B, m + T, d)
+        k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, inner) -> (B, m + T, inner)
         return base.o(attend(base.q(x), k, v, base.n_head))  # (B, T, d)
 
 
@@ -127,12 +149,8 @@ def prefix(model, m=4, *, hidden=None, rng):
     Source: Li & Liang 2021, arXiv 2101.00190.
     """
     room, found = model.config["n_positions"] - m, plain(model, "blocks.*.attn", "q k v o n_head")
-    fresh = {n: Prefix(base, m, room, hidden=hidden, rng=rng) for n, base in found.items()}
-    freeze(put_all(model, fresh))
-    for wrapper in fresh.values():
-        for name, p in wrapper.named_parameters():
-            p.requires_grad = not name.startswith("base.")
-    return model
+    settings = {"hidden": hidden, "rng": rng}
+    return wear(model, {n: Prefix(base, m, room, **settings) for n, base in found.items()})
 
 
 def fold(model):
@@ -159,7 +177,7 @@ class Prompt(Wrapper):
             raise ValueError(f"m is {m!r}; expected a whole number from 1 to {n_positions - 1}")
         table = base.dense()
         self.base, self.m, self.n_positions = base, int(m), int(n_positions)
-        self.prompt = Parameter(table[rng.integers(len(table), size=m)])
+        self.prompt = Parameter(table[check_rng(rng).integers(len(table), size=m)])
 
     def dense(self):
         """The table of the tokens."""
@@ -194,8 +212,6 @@ def prompt(model, m=4, *, rng):
     Source: Lester et al. 2021, arXiv 2104.08691.
     """
     n = model.config["n_positions"]
-    (tokens,) = plain(model, "tokens", Embedding).values()
-    put_all(model, {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)})
-    freeze(model)
-    model.tokens.prompt.requires_grad = True
-    return model
+    (tokens,) = plain(model, "tokens", Embedding, ties=True).values()
+    fresh = {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)}
+    return wear(model, fresh)

@@ -5,15 +5,15 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Parameter
+from ..nn import Embedding, Linear, Parameter, check_rng
 from ..optim import AdamW
-from ..surgery import Wrapper, as_patterns, freeze, plain, put_all, unfreeze
+from ..surgery import Wrapper, as_patterns, plain, wear
 from ..tensor import Tensor
 
 
 def check_rank(r, shape):
     """Raise unless a matrix of this shape can have a factor of this rank."""
-    if isinstance(r, bool) or r not in range(1, min(shape) + 1):
+    if r not in range(1, min(shape) + 1):
         raise ValueError(
             f"r is {r!r}; expected a whole number from 1 to {min(shape)}, the smaller side of a "
             f"{shape[0]} x {shape[1]} weight"
@@ -44,20 +44,29 @@ class LoRA(Wrapper):
     def __init__(self, base, r, alpha=8.0, *, dropout=0.0, rslora=False, rng):
         weight = base.dense()
         check_rank(r, weight.shape)
-        if not alpha > 0 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"alpha is {alpha!r}, dropout {dropout!r}; expected above 0, and 0 to 1"
-            )
+        if not 0 < alpha < np.inf or not 0 <= dropout < 1:
+            raise ValueError(f"alpha is {alpha}, dropout {dropout}; expected above 0, and 0 to 1")
         self.base, self.r, self.alpha = base, int(r), float(alpha)
-        self.dropout, self.rslora, self.rng = float(dropout), bool(rslora), rng
+        self.dropout, self.rslora, self.rng = float(dropout), bool(rslora), check_rng(rng)
         self.start(weight)
 
     def start(self, weight):
-        """Make A and B."""
+        """Make A and B for a base of this weight."""
         d_out, d_in = weight.shape
         a = self.rng.standard_normal((self.r, d_in)) / d_in**0.5
         self.A = Parameter(a.astype(weight.dtype))
         self.B = Parameter(np.zeros((d_out, self.r), weight.dtype))
+
+    def fill(self, u, s, vt):
+        """Set scaling · B A to U S Vᵀ, given (d_out, r), (r,) and (r, d_in), each side the root.
+
+        A direction of no length, s = 0 to rounding, keeps its start, A random and B zero: with
+        both sides at zero it could never learn.
+        """
+        there = s > s.max() * np.finfo(u.dtype).eps * max(len(u), vt.shape[1])
+        root = np.sqrt(s / self.scaling).astype(self.A.dtype)
+        self.A.data[there] = (root[:, None] * vt)[there]  # (r, d_in)
+        self.B.data[:, there] = (u * root)[:, there]  # (d_out, r)
 
     @property
     def scaling(self):
@@ -72,16 +81,15 @@ class LoRA(Wrapper):
         """The weight that the layer acts with, base and bypass together."""
         return self.base.dense() + self.delta()
 
-    def bypass(self, x):
-        """scaling · B A x."""
+    def inner(self, x):
+        """scaling · A x: scaling goes onto the r numbers between A and B, the fewest there are."""
         if self.training and self.dropout:
             x = ops.dropout(x, self.dropout, self.rng)
-        # scaling goes onto the r numbers between A and B, the fewest there are
-        return ops.linear(ops.linear(x, self.A) * self.scaling, self.B)  # … d_in -> r -> d_out
+        return ops.linear(x, self.A) * self.scaling  # (…, d_in) -> (…, r)
 
     def forward(self, x):
-        low = self.bypass(x)
-        return self.base(x) + low
+        h = self.inner(x)
+        return self.base(x) + ops.linear(h, self.B)  # (…, r) -> (…, d_out)
 
     def __repr__(self):
         return f"{type(self).__name__}(r={self.r}, alpha={self.alpha:g}, base={self.base!r})"
@@ -94,26 +102,33 @@ class DoRA(LoRA):
     d_out rows; m starts as the norms of W, so the layer starts as it was. As in the paper, no
     gradient flows through ‖V‖. Each training step must form V, which costs one more product.
 
+    A row of zeros, as pruning leaves them, points nowhere: its norm is taken for 1 throughout, so
+    it starts as it was and learns as LoRA's row does.
+
     Source: Liu et al. 2024, arXiv 2402.09353, sections 4.1 and 4.3.
     """
 
     def start(self, weight):
         """Make A, B and m."""
         super().start(weight)
-        self.magnitude = Parameter(self._norms(weight))
+        self.nowhere = np.zeros(len(weight), bool)
+        self.nowhere = self.norms(weight) == 0  # (d_out,)
+        self.magnitude = Parameter(self.norms(weight))
 
-    @staticmethod
-    def _norms(weight):
-        return np.sqrt(np.einsum("oi,oi->o", weight, weight))  # (d_out, d_in) -> (d_out,)
+    def norms(self, v):
+        """The length of each row of V (d_out, d_in), or 1 where W has a row of zeros."""
+        lengths = np.sqrt(np.einsum("oi,oi->o", v, v))  # (d_out, d_in) -> (d_out,)
+        return np.where(self.nowhere, 1, lengths).astype(v.dtype)
 
     def dense(self):
         """The weight that the layer acts with."""
         v = super().dense()
-        return (self.magnitude.data / self._norms(v))[:, None] * v
+        return (self.magnitude.data / self.norms(v))[:, None] * v
 
     def forward(self, x):
-        y = ops.linear(x, Tensor(self.base.dense())) + self.bypass(x)  # (…, d_in) -> (…, d_out)
-        y = y * (self.magnitude / self._norms(super().dense()))
+        w, h = self.base.dense(), self.inner(x)
+        y = ops.linear(x, Tensor(w)) + ops.linear(h, self.B)  # (…, d_in), (…, r) -> (…, d_out)
+        y = y * (self.magnitude / self.norms(w + self.delta()))
         return y if self.base.bias is None else y + self.base.bias
 
 
@@ -122,17 +137,17 @@ class PiSSA(LoRA):
 
     With W = U S Vᵀ cut at r: scaling · B A = U_r S_r V_rᵀ, and the frozen part is W less that.
     The layer starts as it was, to rounding. `base` stays the whole W, so that the adapter can be
-    taken off; a second copy of the weight, `residual`, is what the forward pass uses.
+    taken off; a second copy of the weight, `residual`, is what the forward pass uses. Where W has
+    fewer than r directions, the others start as LoRA's do.
 
     Source: Meng et al. 2024, arXiv 2404.02948, section 3.
     """
 
     def start(self, weight):
         """Make A and B of the largest singular directions, and the residual of the others."""
+        super().start(weight)
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
-        root = np.sqrt(s[: self.r] / self.scaling).astype(weight.dtype)
-        self.A = Parameter(root[:, None] * vt[: self.r])  # (r, d_in)
-        self.B = Parameter(u[:, : self.r] * root)  # (d_out, r)
+        self.fill(u[:, : self.r], s[: self.r], vt[: self.r])
         self.residual = Tensor(weight - super().delta())
 
     def delta(self):
@@ -144,11 +159,12 @@ class PiSSA(LoRA):
         return self.residual.data + super().delta()
 
     def forward(self, x):
-        return ops.linear(x, self.residual, self.base.bias) + self.bypass(x)
+        h = self.inner(x)
+        return ops.linear(x, self.residual, self.base.bias) + ops.linear(h, self.B)  # (…, d_out)
 
 
 class LoRAEmbedding(LoRA):
-    """A table (n, d) with a low-rank bypass: row i is E[i] + scaling · B A[:, i].
+    """A table (n, d) with a low-rank bypass: row i is E[i] + scaling · B A[:, i]. No dropout.
 
     The one-hot input picks a column of A, so the sides swap: A (r, n) starts at zero and
     B (d, r) as N(0, 1 / r), so that an update is as large as A is, whatever r.
@@ -158,6 +174,8 @@ class LoRAEmbedding(LoRA):
 
     def start(self, weight):
         """Make A and B."""
+        if self.dropout:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 for a table")
         n, d = weight.shape
         self.A = Parameter(np.zeros((self.r, n), weight.dtype))
         b = self.rng.standard_normal((d, self.r)) / self.r**0.5
@@ -201,21 +219,17 @@ def lora(
     Raises:
         LookupError: if a pattern matches no layer.
         ValueError: for a bad `r`, `alpha` or `dropout`, for a layer whose weight is tied to
-            another's, or for a model that carries an adapter already. The model is left as it was.
+            another's, or for a model that carries an adapter already.
     """
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
     fresh = {}
     for name, layer in plain(model, tuple(ranks), (Linear, Embedding)).items():
         kind = LoRAEmbedding if isinstance(layer, Embedding) else variant
-        if kind is not variant and (variant is not LoRA or dropout):
-            raise ValueError(
-                f"variant is {variant.__name__}; expected LoRA for {layer!r}, no dropout"
-            )
+        if kind is LoRAEmbedding and variant is not LoRA:
+            raise ValueError(f"variant is {variant.__name__}; expected LoRA for {layer!r}")
         rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
         fresh[name] = kind(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
-    freeze(put_all(model, fresh))
-    parts = ("A", "B", "magnitude") if variant is DoRA else ("A", "B")
-    return unfreeze(model, [f"{name}.{part}" for name in fresh for part in parts])
+    return wear(model, fresh)
 
 
 def lora_plus(model, lr, ratio=16.0, **kwargs):

@@ -5,24 +5,23 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import ops
-from ..surgery import Wrapper, put_all, wrappers
+from ..nn import Linear
+from ..surgery import Wrapper, plain, put_all, wrappers
 from ..tensor import Tensor
 from .lora import LoRA
 
 
-def _checked(adapters):
-    """The adapters as a list, if they are plain LoRA on the layers of one base."""
-    adapters = list(adapters)
-    if not adapters:
-        raise ValueError("adapters is empty; expected one or more, as detach gives them")
+def _bases(adapters):
+    """The layer that each name stands for, if all are plain LoRA on the layers of one base."""
     bases = {}
-    for adapter in adapters:
-        for name, wrapper in adapter.items():
-            if type(wrapper) is not LoRA:
-                raise TypeError(f"the adapter at {name} is a {type(wrapper).__name__}; need LoRA")
-            if bases.setdefault(name, wrapper.base) is not wrapper.base:
-                raise ValueError(f"the adapters wrap two different layers at {name}; need one base")
-    return adapters, bases
+    for name, wrapper in (item for adapter in adapters for item in adapter.items()):
+        if type(wrapper) is not LoRA:
+            raise TypeError(f"the adapter at {name} is a {type(wrapper).__name__}; need LoRA")
+        if bases.setdefault(name, wrapper.base) is not wrapper.base:
+            raise ValueError(f"the adapters wrap two different layers at {name}; need one base")
+    if not bases:
+        raise ValueError("adapters is empty; expected one or more, as detach gives them")
+    return bases
 
 
 def combine(adapters, weights, r=None):
@@ -46,11 +45,10 @@ def combine(adapters, weights, r=None):
         TypeError: if one of them is not plain LoRA.
         ValueError: if they are of different bases, if `weights` does not fit, or for a bad `r`.
     """
-    adapters, bases = _checked(adapters)
-    weights = [float(w) for w in weights]
+    adapters, weights, combined = list(adapters), [float(w) for w in weights], {}
+    bases = _bases(adapters)
     if len(weights) != len(adapters) or not np.isfinite(weights).all():
         raise ValueError(f"weights is {weights}; expected {len(adapters)} finite numbers")
-    combined = {}
     for name, base in bases.items():
         parts = [(w, a[name]) for w, a in zip(weights, adapters, strict=True) if name in a]
         left = np.concatenate([w * p.scaling * p.B.data for w, p in parts], axis=1)  # (d_out, Σr)
@@ -58,11 +56,9 @@ def combine(adapters, weights, r=None):
         qb, rb = np.linalg.qr(left)  # (d_out, k), (k, Σr)
         qa, ra = np.linalg.qr(right.T)  # (d_in, l), (l, Σr)
         u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)  # (k, l) -> (k, n), (n,), (n, l)
-        rank = min(len(s), len(s) if r is None else int(r))
-        root = np.sqrt(s[:rank]).astype(left.dtype)
-        combined[name] = new = LoRA(base, rank, float(rank), rng=np.random.default_rng(0))
-        new.B.data[...] = (qb @ u[:, :rank]) * root  # (d_out, rank)
-        new.A.data[...] = root[:, None] * (vt[:rank] @ qa.T)  # (rank, d_in)
+        rank = len(s) if r is None else min(len(s), r)
+        combined[name] = new = LoRA(base, rank, rank, rng=np.random.default_rng(0))
+        new.fill(qb @ u[:, :rank], s[:rank], vt[:rank] @ qa.T)  # (d_out, rank), (rank, d_in)
     return combined
 
 
@@ -85,13 +81,11 @@ class Many(Wrapper):
 
     def __init__(self, base, bypasses):
         self.base, self.names, self.which = base, [*bypasses, None], None
-        n, r = len(self.names), max(p.r for p in bypasses.values() if p is not None)
-        dtype = base.dense().dtype
-        self.A = np.zeros((n, r, base.d_in), dtype)
-        self.B = np.zeros((n, base.d_out, r), dtype)
-        for i, p in enumerate(bypasses.values()):
-            if p is not None:
-                self.A[i, : p.r], self.B[i, :, : p.r] = p.A.data, p.scaling * p.B.data
+        here = {i: p for i, p in enumerate(bypasses.values()) if p is not None}
+        n, r, dtype = len(self.names), max(p.r for p in here.values()), base.dense().dtype
+        self.A, self.B = np.zeros((n, r, base.d_in), dtype), np.zeros((n, base.d_out, r), dtype)
+        for i, p in here.items():
+            self.A[i, : p.r], self.B[i, :, : p.r] = p.A.data, p.scaling * p.B.data
 
     def forward(self, x):
         if self.which is None or len(self.which) != x.shape[0]:
@@ -117,17 +111,13 @@ def many(model, adapters):
     Raises:
         TypeError: if one of them is not plain LoRA.
         ValueError: if the model carries an adapter.
-        LookupError: if an adapter wraps layers of another model. The model is left as it was.
+        LookupError: if an adapter wraps layers of another model.
     """
-    _, bases = _checked(adapters.values())
-    modules = dict(model.named_modules())
-    for name, base in bases.items():
-        if modules.get(name) is not base:
+    bases, fresh = _bases(adapters.values()), {}
+    for name, layer in plain(model, bases, (Linear,)).items():
+        if layer is not bases[name]:
             raise LookupError(f"many: the layer at {name} is not the one these adapters wrap")
-    fresh = {
-        name: Many(base, {key: part.get(name) for key, part in adapters.items()})
-        for name, base in bases.items()
-    }
+        fresh[name] = Many(layer, {key: part.get(name) for key, part in adapters.items()})
     return put_all(model, fresh)
 
 
@@ -135,21 +125,23 @@ def many(model, adapters):
 def choose(model, names):
     """Inside this block, sample i of a batch goes through the adapter `names[i]`; None: the base.
 
+    Blocks nest: after an inner one the outer choice holds again.
+
     Raises:
         ValueError: if the model was not made by `many`, or has no adapter of that name.
     """
     layers = [w for w in wrappers(model).values() if isinstance(w, Many)]
     if not layers:
         raise ValueError("choose: this model does not carry several adapters; see `many`")
-    known = layers[0].names
+    known, before = layers[0].names, [layer.which for layer in layers]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"names has {unknown[0]!r}; expected names out of {known}")
     which = np.array([known.index(name) for name in names], int)  # (B,)
-    for layer in layers:
-        layer.which = which
     try:
+        for layer in layers:
+            layer.which = which
         yield model
     finally:
-        for layer in layers:
-            layer.which = None
+        for layer, old in zip(layers, before, strict=True):
+            layer.which = old

@@ -1,9 +1,10 @@
-"""The lightest methods: train the biases, or one scale for each feature, or everything."""
+"""The lightest methods: train the biases, a scale for each feature, a few rows, or everything."""
 
 import numpy as np
 
-from ..nn import Linear, Module, Parameter
-from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
+from .. import ops
+from ..nn import Embedding, Linear, Module, Parameter
+from ..surgery import Wrapper, freeze, plain, unfreeze, wear
 
 
 def full(model):
@@ -16,9 +17,9 @@ def bitfit(model):
 
     Source: Ben Zaken et al. 2022, arXiv 2106.10199, section 3.
     """
-    plain(model, "*", Module)
-    freeze(model)
-    return unfreeze(model, "*.bias")
+    plain(model, "*", Module, ties=True)
+    unfreeze(model, "*.bias")  # no bias at all? then nothing is changed yet
+    return unfreeze(freeze(model), "*.bias")
 
 
 class IA3(Wrapper):
@@ -28,7 +29,8 @@ class IA3(Wrapper):
         base: a layer with `d_in`, `d_out` and `dense()`.
         side: `"out"`: scale ⊙ (W x + b); `"in"`: W (scale ⊙ x) + b.
 
-    The scale starts at ones, so the layer starts as it was, bit for bit.
+    The scale starts at ones, so the layer starts as it was, bit for bit. A feature that is always
+    zero stays so, whatever its scale.
 
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
@@ -68,8 +70,46 @@ def ia3(model, out="blocks.*.attn.[kv]", into="blocks.*.mlp.down"):
 
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
-    sides = {"out": out, "in": into}
-    found = {side: plain(model, patterns, (Linear,)) for side, patterns in sides.items()}
-    fresh = {n: IA3(m, side) for side, layers in found.items() for n, m in layers.items()}
-    freeze(put_all(model, fresh))
-    return unfreeze(model, [f"{name}.scale" for name in fresh])
+    found = {side: plain(model, at, (Linear,)) for side, at in (("out", out), ("in", into))}
+    if both := found["out"].keys() & found["in"]:
+        raise ValueError(f"out and into both match {min(both)}; expected one side for each layer")
+    return wear(model, {n: IA3(m, side) for side in found for n, m in found[side].items()})
+
+
+class TokenRows(Wrapper):
+    """A token table of which a few rows learn: row i is E[i] + rows[j] for the j-th of `tokens`.
+
+    Args:
+        base: an `Embedding`.
+        tokens: whole numbers, each once: which rows.
+
+    `rows` (k, d) start at zero, so the table starts as it was, bit for bit.
+
+    Source: the idea of PEFT's `trainable_tokens`: a new word needs no more than its own row.
+    """
+
+    settings = ("tokens",)
+
+    def __init__(self, base, tokens, *, rng=None):
+        n, d = base.dense().shape
+        self.base, self.tokens = base, [int(t) for t in tokens]
+        if not 0 < len(tokens) == len(set(self.tokens) & set(range(n))):
+            raise ValueError(f"tokens is {tokens}; expected one or more of 0 to {n - 1}, each once")
+        self.rows = Parameter(np.zeros((len(self.tokens), d), base.dense().dtype))
+
+    def dense(self):
+        """The table as it acts, (n, d)."""
+        table = self.base.dense().copy()
+        table[self.tokens] += self.rows.data
+        return table
+
+    def forward(self, ids):
+        hits = np.asarray(ids)[..., None] == self.tokens  # (…) -> (…, k)
+        rows = ops.embedding(self.rows, hits.argmax(axis=-1))  # (…, k) -> (…, d)
+        return self.base(ids) + rows * hits.any(axis=-1, keepdims=True)  # (…, d)
+
+
+def token_rows(model, tokens):
+    """Freeze the model but for the rows of these tokens in its token table. Returns the model."""
+    (table,) = plain(model, "tokens", Embedding).values()
+    return wear(model, {"tokens": TokenRows(table, tokens)})
