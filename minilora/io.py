@@ -1,21 +1,24 @@
 """Models and adapters on disk: one safetensors file each, the configuration in its metadata.
 
-An adapter's file holds only the tensors that train, and a fingerprint of the frozen ones, so
-that it cannot be put on another base by mistake.
+An adapter's file holds the wrappers, what else trains, and a fingerprint of the frozen tensors,
+so that it cannot be put on another base by mistake. To go on training another day, save the
+optimiser's `state_arrays()` beside it by `safetensors.write`.
 """
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from . import compress, peft, safetensors, tasks
 from .nn import Embedding, Linear
-from .surgery import freeze, put, wrappers
+from .surgery import freeze, put, put_all, wrappers
 from .transformer import Transformer
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data" if (HERE / "data").is_dir() else HERE.parent / "data"  # a wheel, a clone
 MODEL, ADAPTER = "minilora model 1", "minilora adapter 1"
 
 
@@ -27,19 +30,19 @@ def save_model(model, path):
 
     Raises:
         ValueError: if the model carries an adapter: merge or detach it first.
-        TypeError: if a layer has no form for a file, such as one that shares its factors.
+        TypeError: if `load_model` could not build the model, as when layers share their factors.
     """
     if wrappers(model):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
-    arrays = {name: p.data for name, p in model.named_parameters()}
-    layers, sparse = {}, {}
-    for name, layer in model.named_modules():
-        if type(layer).__name__ in compress.LAYERS:
-            arrays = {k: a for k, a in arrays.items() if not k.startswith(f"{name}.")}
-            arrays |= {f"{name}.{k}": a for k, a in layer.arrays().items()}
-            layers[name] = layer.config()
-        elif isinstance(layer, Linear) and type(layer) is not Linear:
-            raise TypeError(f"save_model: {name} is {layer!r}, which has no form for a file")
+    arrays, layers = _parts(model)
+    blank = Transformer(**model.config, rng=None)
+    for name in layers:
+        put(blank, name, dict(model.named_modules())[name])
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, blank)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
+        raise TypeError(f"save_model: {odd} has no form for a file, which holds a Transformer")
+    sparse = {}
     for name, a in list(arrays.items()):
         if a.ndim == 2 and a.dtype.kind == "f" and name.endswith(".weight"):
             zeros = 1 - np.count_nonzero(a) / a.size
@@ -47,18 +50,22 @@ def save_model(model, path):
                 sparse[name] = list(arrays.pop(name).shape)
                 arrays[f"{name}.bits"], arrays[f"{name}.values"] = compress.to_bitmap(a)
     metadata = {"format": MODEL, "config": json.dumps(model.config)}
-    smaller = {}  # what pruning has made smaller than the configuration says
-    for i, block in enumerate(model.blocks):
-        sizes = {
-            "n_head": block.attn.n_head,
-            "width": block.attn.o.d_in,
-            "inner": block.mlp.down.d_in,
-        }
-        if sizes != _sizes(model.config):
-            smaller[i] = sizes
-    extras = {"layers": layers, "sparse": sparse, "smaller": smaller}
+    extras = {"layers": layers, "sparse": sparse}
     metadata |= {key: json.dumps(value) for key, value in extras.items() if value}
     safetensors.write(path, arrays, metadata)
+
+
+def _parts(model):
+    """What a model stores, by name in the plain model, and the forms of its compressed layers."""
+    arrays = {_plain(name): p.data for name, p in model.named_parameters()}
+    layers = {}
+    for name, layer in model.named_modules():
+        if type(layer).__name__ in compress.LAYERS:
+            own = _plain(f"{name}.")
+            arrays = {key: a for key, a in arrays.items() if not key.startswith(own)}
+            arrays |= {own + key: a for key, a in layer.arrays().items()}
+            layers[own[:-1]] = layer.config()
+    return arrays, layers
 
 
 def load_model(path, dtype=None):
@@ -71,105 +78,60 @@ def load_model(path, dtype=None):
         ValueError: if the file is damaged, is not a model's, or does not fit its configuration.
     """
     arrays, metadata = _read(path, MODEL)
-    config = _json(path, metadata, "config")
-    extras = {
-        key: _json(path, metadata, key) if key in metadata else {}
-        for key in ("layers", "sparse", "smaller")
-    }
-    try:
-        for name, shape in extras["sparse"].items():
+    config, layers, sparse = (_json(path, metadata, key) for key in ("config", "layers", "sparse"))
+    with _said_of(path):
+        if dtype is None:
+            dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
+        for name, shape in sparse.items():
             bits, values = arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.values")
             arrays[name] = compress.from_bitmap(bits, values, shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the bitmap of {name} cannot be read: {error}") from None
-    if dtype is None:
-        dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
-    sizes = [np.shape(arrays.get(f"{table}.weight")) for table in ("tokens", "positions")]
-    n, d = config.get("n_layer"), config.get("n_embd")
-    expected = [(config.get("vocab_size"), d), (config.get("n_positions"), d)]
-    if sizes != expected or not isinstance(n, int) or n > len(arrays):
-        # before anything is built: a small file must not ask for a large model
-        raise ValueError(f"{path}: its tensors do not fit its configuration {config}")
-    try:
-        model = Transformer(**config, rng=np.random.default_rng(0), dtype=dtype)
-    except (TypeError, ValueError, MemoryError) as error:
-        raise ValueError(f"{path}: the configuration makes no model: {error}") from None
-    try:
-        restored = _compressed(model, arrays, extras["layers"], extras["smaller"], dtype)
-    except (AttributeError, IndexError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its compressed layers cannot be made: {error}") from None
-    own = dict(model.named_parameters())
-    _fill(path, {k: p for k, p in own.items() if not k.startswith(restored)}, arrays)
+        if not 1 <= config["n_layer"] <= len(arrays):
+            raise ValueError(f"n_layer is {config['n_layer']}, for {len(arrays)} tensors")
+        model = Transformer(**config, rng=None, dtype=dtype)  # no memory is taken yet
+        for name, form in layers.items():
+            own = {k: arrays.pop(k) for k in list(arrays) if k.startswith(f"{name}.")}
+            own = {key.removeprefix(f"{name}."): a for key, a in own.items()}
+            old = dict(model.named_modules())[name]
+            layer = compress.LAYERS[form["kind"]].restore(own, form, dtype)
+            if not isinstance(old, Linear) or layer.shape != (old.d_out, old.d_in):
+                raise ValueError(f"{name} is {layer!r}; expected {old!r}")
+            put(model, name, layer)
+        own = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers}
+        _fill(own, arrays)
     return model
 
 
-def _sizes(config):
-    """The sizes inside each block of an unpruned model."""
-    d = config["n_embd"]
-    return {"n_head": config["n_head"], "width": d, "inner": 4 * d}
-
-
-def _compressed(model, arrays, layers, smaller, dtype):
-    """Make the blocks as small as `smaller` says, then put in the layers that are compressed.
-
-    Takes what those need out of `arrays`. Returns the start of the names of their parameters.
-    """
-    d = model.config["n_embd"]
-    for i, sizes in smaller.items():
-        full, attn, mlp = _sizes(model.config), model.blocks[int(i)].attn, model.blocks[int(i)].mlp
-        n_head, width, inner = (sizes[key] for key in full)
-        for key in full:
-            if not isinstance(sizes[key], int) or not 1 <= sizes[key] <= full[key]:
-                raise ValueError(f"{key} is {sizes[key]!r}; expected 1 to {full[key]}")
-        if width % n_head:
-            raise ValueError(f"n_head is {n_head}; expected a divisor of {width}")
-        blank = lambda *shape: Linear.of(np.zeros(shape, dtype), np.zeros(shape[0], dtype))  # noqa: E731
-        attn.n_head, attn.o, mlp.up, mlp.down = (
-            n_head,
-            blank(d, width),
-            blank(inner, d),
-            blank(d, inner),
-        )
-        for part in "qkv":
-            setattr(attn, part, blank(width, d))
-    modules = dict(model.named_modules())
-    for name, config in layers.items():
-        own = [key for key in arrays if key.startswith(f"{name}.")]
-        own = {key.removeprefix(f"{name}."): arrays.pop(key) for key in own}
-        old = modules[name]
-        if config.get("shape", [old.d_out, old.d_in]) != [old.d_out, old.d_in]:
-            raise ValueError(f"{name} has shape {config['shape']}; expected {old!r}")
-        layer = compress.LAYERS[config["kind"]].restore(own, config, dtype)
-        if (layer.d_in, layer.d_out) != (old.d_in, old.d_out):
-            raise ValueError(f"{name} is {layer!r}; expected {old.d_in} -> {old.d_out}")
-        put(model, name, layer)
-    return tuple(f"{name}." for name in layers)
-
-
 def save_adapter(model, path):
-    """Write what trains in a model, and how it is wrapped, to one file. Atomic.
+    """Write the wrappers of a model, and what else trains in it, to one file. Atomic.
 
-    After full fine-tuning that is every weight; after `lora` it is A and B of each layer.
+    After full fine-tuning that is every weight; after `lora` it is A and B of each layer, frozen
+    or not.
 
     Raises:
-        ValueError: if nothing trains.
+        ValueError: if there is nothing to save.
         TypeError: if the model carries a wrapper that `load_adapter` could not put back, such as
             a mask.
     """
-    for name, wrapper in wrappers(model).items():
+    on = wrappers(model)
+    for name, wrapper in on.items():
         if type(wrapper).__name__ not in peft.WRAPPERS:
             raise TypeError(
                 f"save_adapter: {name} is {type(wrapper).__name__}, which is no adapter; merge, "
                 "then save_model"
             )
-    arrays = {_plain(name): p.data for name, p in model.trainable().items()}
-    if not arrays:
+    kept = {f"{name}.{key}": p for name, w in on.items() for key, p in w.learned().items()}
+    kept |= model.trainable()
+    if not kept:
         raise ValueError("save_adapter: nothing trains in this model, so there is nothing to save")
+    arrays = {_plain(name): p.data for name, p in kept.items()}
+    frozen = [_plain(name) for name, p in kept.items() if not p.requires_grad]
     metadata = {
         "format": ADAPTER,
-        "wrappers": json.dumps({name: w.config() for name, w in wrappers(model).items()}),
-        "frozen": _fingerprint(model, set(arrays)),
+        "wrappers": json.dumps({name: w.config() for name, w in on.items()}),
+        "frozen": _fingerprint(model, arrays),
     }
+    if frozen:
+        metadata["still"] = json.dumps(dict.fromkeys(frozen))  # saved, and does not train
     safetensors.write(path, arrays, metadata)
 
 
@@ -181,37 +143,59 @@ def load_adapter(model, path):
 
     Raises:
         ValueError: if the file is damaged or is not an adapter's, if the model carries an
-            adapter already, or if the adapter was made for another model. The model is then
-            left as it was.
+            adapter already, or if the adapter was made for another model; the message says what
+            differs. The model is then left as it was.
     """
     if wrappers(model):
         raise ValueError("load_adapter: this model carries an adapter; detach or merge it first")
     arrays, metadata = _read(path, ADAPTER)
+    forms, still = (_json(path, metadata, key) for key in ("wrappers", "still"))
     modules, plain = dict(model.named_modules()), dict(model.named_parameters())
-    new, expected = {}, {}
-    for name, config in _json(path, metadata, "wrappers").items():
-        if name not in modules:
-            raise ValueError(f"{path}: made for another model: this one has no layer {name}")
-        try:
-            config = dict(config)
-            kind = config.pop("kind")
-            if kind not in peft.WRAPPERS:
-                raise ValueError(f"kind is {kind!r}; expected one of {', '.join(peft.WRAPPERS)}")
-            new[name] = peft.WRAPPERS[kind](modules[name], rng=np.random.default_rng(0), **config)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: the wrapper of {name} cannot be made: {error}") from None
-        own = new[name].named_parameters()
-        expected |= {f"{name}.{k}": p for k, p in own if not k.startswith("base.")}
-    expected |= {name: plain[name] for name in arrays if name in plain}
-    if metadata.get("frozen") != _fingerprint(model, set(arrays)):
-        raise ValueError(f"{path}: made for another model: the frozen weights differ")
-    _fill(path, expected, arrays)
-    for name, wrapper in new.items():
-        put(model, name, wrapper)
-    freeze(model)
-    for p in expected.values():
-        p.requires_grad = True
+    with _said_of(path):
+        expected, fresh = {name: plain[name] for name in arrays if name in plain}, {}
+        for name, form in forms.items():
+            if name not in modules:
+                raise ValueError(f"made for another model: this one has no layer {name}")
+            kind = peft.WRAPPERS[form["kind"]]
+            settings = {key: form[key] for key in form if key != "kind"}
+            # What draws its start is not shown the file: its sizes are checked against the base.
+            rng = None if kind in peft.BLANK else np.random.default_rng(0)
+            fresh[name] = kind(modules[name], rng=rng, **settings)
+            expected |= {f"{name}.{key}": p for key, p in fresh[name].learned().items()}
+        found = metadata.get("frozen", "")
+        if found != _fingerprint(model, arrays):
+            names = _frozen(model, arrays)
+            odd = [n for n, a, b in zip(names, found, _fingerprint(model, arrays)) if a != b]
+            raise ValueError(
+                f"made for another model: {(odd or ['the set of frozen weights'])[0]} differs; "
+                "load it on the base that it was trained on"
+            )
+        _fill(expected, arrays)
+    freeze(put_all(model, fresh))
+    for name, p in expected.items():
+        p.requires_grad = name not in still
     return model
+
+
+def _frozen(model, kept):
+    """The arrays of a model that are not among `kept`, by their names in the plain model."""
+    arrays, _ = _parts(model)
+    return {name: arrays[name] for name in sorted(arrays) if name not in kept}
+
+
+def _fingerprint(model, kept):
+    """Which base is it? A digit for each frozen tensor, then as much of a checksum of them all.
+
+    float32, so that a float64 copy has the same.
+    """
+    sums = [
+        hashlib.sha256(
+            name.encode() + a.astype("<f4" if a.dtype.kind == "f" else a.dtype).tobytes()
+        ).hexdigest()
+        for name, a in _frozen(model, kept).items()
+    ]
+    every = hashlib.sha256("".join(sums).encode()).hexdigest()
+    return "".join(s[0] for s in sums) + every[: max(16, 64 - len(sums))]
 
 
 def load_base(dtype=np.float64, n_positions=None):
@@ -245,56 +229,48 @@ def write_sums(folder):
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="ascii", newline="\n")
 
 
+@contextmanager
+def _said_of(path):
+    """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+        what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path}: {what[:400]}") from None
+
+
 def _read(path, expected):
     arrays, metadata = safetensors.read(path)
-    found = metadata.get("format")
-    if found != expected:
-        raise ValueError(f"{path}: its format is {found!r}; expected {expected!r}")
+    if metadata.get("format") != expected:
+        raise ValueError(f"{path}: its format is {metadata.get('format')!r}; expected {expected!r}")
     return arrays, metadata
 
 
 def _json(path, metadata, key):
+    """A table in the metadata; one that is not there is empty."""
     try:
-        value = json.loads(metadata[key])
-    except (KeyError, json.JSONDecodeError):
+        value = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: its metadata has no valid {key!r}")
     return value
 
 
-def _fill(path, parameters, arrays):
-    """Copy arrays into parameters of the same names and shapes: all of them, or none."""
-    missing, extra = sorted(parameters.keys() - arrays), sorted(arrays.keys() - parameters)
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which this model has not"
-        raise ValueError(f"{path}: made for another model: it {what}")
+def _fill(parameters, arrays):
+    """Put arrays into parameters of the same names and shapes: all of them, or none."""
+    shapes = [{name: a.shape for name, a in each.items()} for each in (parameters, arrays)]
+    if shapes[0] != shapes[1]:
+        name = sorted(dict(set(shapes[0].items()) ^ set(shapes[1].items())))[0]
+        here, there = (each.get(name, "missing") for each in shapes)
+        raise ValueError(f"made for another model: {name} is {there} in the file, {here} here")
+    for name, a in arrays.items():
+        if a.dtype.kind != "f":
+            raise ValueError(f"{name} has dtype {a.dtype}; expected floats")
     for name, p in parameters.items():
-        if arrays[name].shape != p.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {arrays[name].shape}; this model expects {p.shape}"
-            )
-        if arrays[name].dtype.kind != "f":
-            raise ValueError(f"{path}: {name} has dtype {arrays[name].dtype}; expected floats")
-    for name, p in parameters.items():
-        p.data[...] = arrays[name]
+        p.data = np.array(arrays[name], p.dtype)
 
 
 def _plain(name):
-    """A parameter's name in the model without wrappers."""
+    """A name in the model without wrappers."""
     return name.replace(".base.", ".")
-
-
-def _fingerprint(model, trained):
-    """A checksum of the weights that are not `trained`, under their names in the plain model."""
-    digest = hashlib.sha256()
-    arrays = {_plain(name): p.data for name, p in model.named_parameters()}
-    for name, layer in model.named_modules():
-        if type(layer).__name__ in compress.LAYERS:
-            arrays |= {f"{_plain(name + '.')}{key}": a for key, a in layer.arrays().items()}
-    for name, a in sorted(arrays.items()):
-        if name not in trained:
-            digest.update(name.encode())
-            # float32, so that a float64 copy has the same
-            digest.update(a.astype("<f4" if a.dtype.kind == "f" else a.dtype).tobytes())
-    return digest.hexdigest()

@@ -1,5 +1,7 @@
 """Modules: things that hold parameters, and the four layers a Transformer is built from."""
 
+from contextlib import contextmanager
+
 import numpy as np
 
 from . import ops
@@ -82,6 +84,16 @@ class Module:
         """Turn dropout off, here and below. No weight is touched. Returns self."""
         return self.train(False)
 
+    @contextmanager
+    def mode(self, training):
+        """Inside this block dropout is on or off; then each module is as it was found."""
+        before = {module: module.training for _, module in self.named_modules()}
+        try:
+            yield self.train(training)
+        finally:
+            for module, was in before.items():
+                module.training = was
+
     def zero_grad(self):
         """Forget all gradients."""
         for p in self.parameters():
@@ -101,7 +113,16 @@ def check_rng(rng):
     return rng
 
 
-def _normal(rng, shape, std, dtype):
+def normal(rng, shape, std, dtype):
+    """A parameter that starts as N(0, std²).
+
+    With `rng=None` it is a view of a single zero, which takes no memory whatever its shape: for
+    the reader of a file, who checks shapes first and puts in what the file holds.
+    """
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise TypeError(f"dtype is {np.dtype(dtype)}; expected float32 or float64")
+    if rng is None:
+        return Parameter(np.broadcast_to(np.zeros((), dtype), shape))
     return Parameter((std * check_rng(rng).standard_normal(shape)).astype(dtype))
 
 
@@ -117,7 +138,7 @@ class Linear(Module):
     """
 
     def __init__(self, d_in, d_out, *, rng, bias=True, std=None, dtype=np.float32):
-        self.weight = _normal(rng, (d_out, d_in), d_in**-0.5 if std is None else std, dtype)
+        self.weight = normal(rng, (d_out, d_in), d_in**-0.5 if std is None else std, dtype)
         self.bias = Parameter(np.zeros(d_out, dtype)) if bias else None
 
     @classmethod
@@ -159,7 +180,7 @@ class Embedding(Module):
     """
 
     def __init__(self, n, d, *, rng, std=0.1, dtype=np.float32):
-        self.weight = _normal(rng, (n, d), std, dtype)
+        self.weight = normal(rng, (n, d), std, dtype)
 
     @classmethod
     def of(cls, weight):

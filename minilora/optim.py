@@ -5,7 +5,35 @@ import math
 import numpy as np
 
 
-class SGD:
+class Optimizer:
+    """What moves the parameters that train; its state, by name, is a dictionary of arrays.
+
+    To go on another day: `safetensors.write(path, optimizer.state_arrays())` beside the model or
+    the adapter, and then `optimizer.load_state(safetensors.read(path)[0])` into a new one.
+    """
+
+    t = 0  # steps taken
+
+    def _named(self):
+        slots = {slot: getattr(self, slot) for slot in ("m", "v") if hasattr(self, slot)}
+        return {f"{slot}.{i}": a for slot, arrays in slots.items() for i, a in enumerate(arrays)}
+
+    def state_arrays(self):
+        """A copy of all that a step remembers: `t`, and the running means of each parameter."""
+        return {"t": np.array(self.t)} | {name: a.copy() for name, a in self._named().items()}
+
+    def load_state(self, arrays):
+        """Take over what `state_arrays` gave: the next step is that of the unbroken run."""
+        own = self._named()
+        shapes = [{k: a.shape for k, a in d.items() if k != "t"} for d in (own, arrays)]
+        if shapes[0] != shapes[1] or "t" not in arrays:
+            raise ValueError("load_state: this is the state of other parameters; expected the same")
+        self.t = int(arrays["t"])
+        for name, a in own.items():
+            a[...] = arrays[name]
+
+
+class SGD(Optimizer):
     """p ← p - lr · g, with optional momentum.
 
     Args:
@@ -17,7 +45,7 @@ class SGD:
     def __init__(self, parameters, lr, momentum=0.0):
         self.parameters = _that_train(parameters)
         self.lr, self.momentum = lr, momentum
-        self.state = [np.zeros_like(p.data) for p in self.parameters] if momentum else []
+        self.m = [np.zeros_like(p.data) for p in self.parameters] if momentum else []
 
     def step(self, lr=None):
         """Move every parameter that has a gradient, with `lr` if given."""
@@ -27,13 +55,13 @@ class SGD:
                 continue
             g = p.grad
             if self.momentum:
-                self.state[i] *= self.momentum
-                self.state[i] += g
-                g = self.state[i]
+                self.m[i] *= self.momentum
+                self.m[i] += g
+                g = self.m[i]
             p.data -= lr * g
 
 
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled weight decay.
 
     Args:
@@ -59,7 +87,6 @@ class AdamW:
         pairs = zip(parameters, factors, strict=True)
         self.factors = [factor for p, factor in pairs if p.requires_grad]
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.t = 0
         self.m = [np.zeros_like(p.data) for p in self.parameters]
         self.v = [np.zeros_like(p.data) for p in self.parameters]
 

@@ -8,52 +8,80 @@ start of the data, and may map `"__metadata__"` to texts by name. So a file is d
 a pickle can run code as it loads, this cannot.
 """
 
+import itertools
 import json
+import math
 import os
+import re
 import secrets
 import shutil
 
 import numpy as np
 
 # From wide to narrow: written in this order, each array starts at a multiple of its item size.
+# Ties go as in the official writer.
 _CODES = {"U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4"}
 _CODES |= {"F16": "<f2", "U16": "<u2", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
 _NAMES = {code: name for name, code in _CODES.items()}
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?$)', re.DOTALL)  # JSON's, whole or cut
+_HEADER_CAP = 100_000_000  # bytes; the official limit
 
 
 class FormatError(ValueError):
-    """A file that breaks the format, or that holds a dtype foreign to NumPy."""
+    """A file that breaks the format, or that holds a dtype foreign to NumPy or to this library."""
 
 
 def write(path, arrays, metadata=None):
-    """Write `arrays`, by name, and `metadata`, texts by name, to a file, whole or not at all.
+    """Write `arrays` to the file `path`, whole or not at all. The same input, the same bytes.
 
-    A file already there is replaced in one step. The same input gives the same bytes.
+    Args:
+        path: where to. A file already there is replaced in one step, and its mode is kept.
+        arrays: names to NumPy arrays of booleans, or of integers or floats of up to 64 bits.
+        metadata: texts to texts, or `None`.
+
+    Raises:
+        TypeError, ValueError: the format cannot hold this; nothing is written.
+        OSError: names `path`; a file that was there is still there, whole.
 
     Example::
 
         write("adapter.safetensors", {"A": np.ones((4, 64))}, {"alpha": "8"})
         arrays, metadata = read("adapter.safetensors")
     """
-    plain = {name: a.astype(a.dtype.newbyteorder("<"), copy=False) for name, a in arrays.items()}
+    codes = {n: getattr(a, "dtype", np.dtype("O")).newbyteorder("<").str for n, a in arrays.items()}
+    odd = [name for name, code in codes.items() if code not in _NAMES or type(name) is not str]
+    odd += [text for text in itertools.chain(*(metadata or {}).items()) if type(text) is not str]
+    if odd or "__metadata__" in arrays:
+        odd = (odd or ["__metadata__"])[0]
+        raise TypeError(
+            f"{odd!r}: expected texts by name, and arrays by name of {' '.join(_CODES)}"
+        )
+    plain = {name: a.astype(codes[name], copy=False) for name, a in arrays.items()}
     order = sorted(plain, key=lambda name: (list(_NAMES).index(plain[name].dtype.str), name))
     header = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
         a, begin, end = plain[name], end, end + plain[name].nbytes
-        header[name] = {
-            "dtype": _NAMES[a.dtype.str],
-            "shape": a.shape,
-            "data_offsets": (begin, end),
-        }
+        header[name] = {"dtype": _NAMES[a.dtype.str], "shape": a.shape}
+        header[name]["data_offsets"] = begin, end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER_CAP:
+        raise ValueError(f"the header would have {len(text)} bytes, expected up to {_HEADER_CAP}")
+    head = len(text).to_bytes(8, "little") + text
+    try:
+        _replace(path, itertools.chain([head], (plain[name].tobytes() for name in order)))
+    except OSError as error:
+        # in the name of what was asked for, not of the spare file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _replace(path, chunks):
     path = os.path.realpath(path)  # so that a link stays a link
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.writelines(plain[name].tobytes() for name in order)
+        with open(temporary, "xb") as file:  # tempfile would keep it private, whatever the umask
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
         if os.path.exists(path):
@@ -65,30 +93,80 @@ def write(path, arrays, metadata=None):
 
 
 def read(path):
-    """Read a file: arrays by name, in the order of the file, and metadata, texts by name.
+    """Read the file `path`, trusting nothing in it: no array is larger than the file.
+
+    Whatever the official reader refuses is refused, and a few things that it lets pass: a key
+    twice in one object, an entry that is not an object of three fields, null metadata, C64, and a
+    BOOL that is neither 0 nor 1.
+
+    Returns:
+        A pair: a dict from names to arrays, in the order of the file, and the metadata, a dict
+        from text to text, empty if there are none.
 
     Raises:
-        FormatError: names the file and what is wrong with it. Whatever the header claims, no
-            array can be larger than the file: NumPy makes each from bytes that are there.
+        FormatError: names the file and what is wrong with it.
+        OSError: the file could not be read.
     """
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        start = 8 + int.from_bytes(raw[:8], "little")
-        header, data, arrays, end = json.loads(raw[8:start]), raw[start:], {}, 0
-        if start > len(raw):
-            raise ValueError(f"the header claims to end at byte {start} of {len(raw)}")
-        metadata = header.pop("__metadata__", {})
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError(f"__metadata__ is {metadata!r}, expected texts by name")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, stop = entry["data_offsets"]
-            if begin != end or min(entry["shape"], default=0) < 0:
-                raise ValueError(f"tensor {name!r} is {entry}, expected to begin at byte {end}")
-            array = np.frombuffer(data[begin:stop], _CODES[entry["dtype"]]).reshape(entry["shape"])
-            arrays[name], end = array.astype(array.dtype.newbyteorder("=")), stop
-        if end != len(data):
-            raise ValueError(f"the tensors end at byte {end} of the data, expected {len(data)}")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return _parse(raw)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # cut: it may quote a lot
         raise FormatError(f"{path}: {str(error)[:400]}") from None
+
+
+def _parse(raw):
+    start = 8 + int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or start > min(len(raw), 8 + _HEADER_CAP):
+        raise ValueError(f"the header claims to end at byte {start} of {len(raw)}")
+    header, data = _header(raw[8:start]), memoryview(raw)[start:]
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
+        raise ValueError(f"__metadata__ is {metadata!r}, expected an object of texts")
+    for name, entry in header.items():
+        if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name!r} is {entry!r}, expected dtype, shape and data_offsets")
+        numbers = entry["shape"] + entry["data_offsets"]
+        if any(type(n) is not int for n in numbers) or len(entry["data_offsets"]) != 2:
+            raise ValueError(f"{name!r} is {entry!r}, expected whole numbers, and two offsets")
+        if entry["dtype"] not in [*_CODES] or len(entry["shape"]) > 64:  # NumPy's limit
+            raise ValueError(f"{name!r} is {entry!r}, a dtype or shape that NumPy lacks")
+    arrays, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, stop), code = entry["data_offsets"], _CODES[entry["dtype"]]
+        if begin != end or stop - begin != math.prod(entry["shape"]) * np.dtype(code).itemsize:
+            raise ValueError(f"{name!r} is {entry!r}, expected to begin at {end} and fit its shape")
+        array, end = np.frombuffer(data[begin:stop], code).reshape(entry["shape"]), stop
+        if code == "|b1" and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
+            raise ValueError(f"{name!r} is BOOL, expected its bytes to be 0 or 1")
+        arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory
+    if end != len(data):
+        raise ValueError(f"the tensors end at byte {end} of the data, expected {len(data)}")
     return arrays, metadata
+
+
+def _header(raw):
+    if raw[:1] != b"{":  # with this, whatever JSON it is, it is an object
+        raise ValueError(f"the header starts with {bytes(raw[:8])!r}, expected '{{'")
+    text = raw.decode()
+    # Checked first, since the parser recurses: in a browser, too deep a nest ends Python.
+    brackets = re.finditer(r"[][{}]", re.sub(_STRING, "", text))
+    steps = (1 if bracket[0] in "[{" else -1 for bracket in brackets)
+    if max(itertools.accumulate(steps), default=0) > 3:
+        raise ValueError("the brackets of the header nest too deep")
+    header = json.loads(text, object_pairs_hook=_unique, parse_int=_natural)
+    json.dumps(header, ensure_ascii=False).encode()  # fails on half an escaped surrogate pair
+    return header
+
+
+def _unique(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"a key comes twice among {[key for key, _ in pairs]}")
+    return table
+
+
+def _natural(digits):
+    if digits[0] == "-" or len(digits) > 19:  # even -0; and 19 digits always fit in 64 bits
+        raise ValueError(f"the number {digits[:20]}, expected 0 or more and at most 19 digits")
+    return int(digits)

@@ -37,14 +37,9 @@ def evaluate(model, ids):
     answer: as long as it has made no mistake, both see the same input.
     """
     inputs, targets = tasks.inputs_and_targets(ids)
-    was_training = model.training
-    model.eval()
-    try:
-        with no_grad():
-            logits = model(inputs)
-            loss = ops.cross_entropy(logits, targets).item()
-    finally:
-        model.train(was_training)
+    with model.mode(training=False), no_grad():
+        logits = model(inputs)
+        loss = ops.cross_entropy(logits, targets).item()
     right = (logits.data.argmax(axis=-1) == targets)[:, -tasks.LENGTH :]  # (N, LENGTH)
     return Score(loss, float(right.mean()), float(right.all(axis=1).mean()))
 
@@ -84,17 +79,20 @@ def fit(
         keeps what it has learnt.
 
     Raises:
-        ValueError: if `steps` or `lr` is not above zero, or every parameter is frozen.
-        FloatingPointError: if the loss is not finite; the model is as the last good step left it.
+        ValueError: if `steps` or `lr` is not above zero, or the optimiser holds none of what trains.
+        FloatingPointError: if the loss or a gradient is not finite; the model is as the last good
+            step left it.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected 1 or more")
-    if not 0 < lr < np.inf:
-        raise ValueError(f"lr is {lr}; expected a finite number above 0")
+    if steps < 1 or not 0 < lr < np.inf:
+        raise ValueError(f"steps is {steps} and lr {lr}; expected 1 or more, and a number above 0")
     if not callable(draw):
         draw = task_batches(draw)
     rng = np.random.default_rng(seed)
     optimizer = optimizer or AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    trained = model.trainable().values()
+    held = getattr(optimizer, "parameters", trained)
+    if not {id(p) for p in held} & {id(p) for p in trained}:
+        raise ValueError("the optimiser holds nothing that trains; make it after the recipe")
     history = History()
 
     def look(step):
@@ -103,31 +101,33 @@ def fit(
             history.scores.append((step, watch(model)))
 
     look(0)
-    model.train()
     bar = _bar(steps, label, progress)
     try:
-        for step in range(steps):
-            inputs, targets = draw(rng)
-            with np.errstate(over="ignore", invalid="ignore"):  # said below, and better
-                loss = ops.cross_entropy(model(inputs), targets)
-            if not np.isfinite(loss.data):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step} of {steps}; "
-                    f"a lower learning rate than {lr:g} may help"
-                )
-            model.zero_grad()
-            loss.backward()
-            optimizer.step(lr * schedule(step, steps))
-            history.loss.append(loss.item())
-            bar.update()
-            if (step + 1) % watch_every == 0:
-                look(step + 1)
+        with model.mode(training=True):
+            for step in range(steps):
+                inputs, targets = draw(rng)
+                model.zero_grad()
+                with np.errstate(over="ignore", invalid="ignore"):  # said below, and better
+                    loss = ops.cross_entropy(model(inputs), targets)
+                    if np.isfinite(loss.data):
+                        loss.backward()
+                    # one square that overflows counts too: Adam would divide by infinity
+                    size = sum(np.vdot(p.grad, p.grad) for p in trained if p.grad is not None)
+                if not np.isfinite(loss.data + size):
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} and its gradient squared {size} at step {step} "
+                        f"of {steps}; a lower learning rate than {lr:g} may help"
+                    )
+                optimizer.step(lr * schedule(step, steps))
+                history.loss.append(loss.item())
+                bar.update()
+                if (step + 1) % watch_every == 0:
+                    look(step + 1)
     except KeyboardInterrupt:
         history.interrupted = True
         print(f"stopped at step {len(history.loss)} of {steps}; what was learnt is kept")
     finally:
         bar.close()
-        model.eval()
         model.zero_grad()
     look(len(history.loss))
     return history
@@ -165,7 +165,8 @@ def _bar(steps, label, progress):
     """
     if sys.stderr.isatty():
         return tqdm(total=steps, desc=label, disable=not progress)
-    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    tqdm.monitor_interval = 0  # no thread beside the bar: a browser has none to give
+    in_notebook = type(sys.stdout).__module__.startswith(("ipykernel", "pyodide_kernel"))
     return tqdm(
         total=steps,
         desc=label,

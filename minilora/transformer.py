@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import numpy as np
 
 from . import ops
-from .nn import MLP, Embedding, LayerNorm, Linear, Module
+from .nn import MLP, Embedding, LayerNorm, Linear, Module, check_rng
 from .tensor import Tensor, no_grad
 
 _cache = ContextVar("cache", default=None)
@@ -192,20 +192,34 @@ class Transformer(Module):
         return self.head(self.norm(x))  # (B, T, d) -> (B, T, vocab_size)
 
 
-def generate(model, ids, n):
-    """Continue each row by its `n` most likely tokens, one after another.
+def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
+    """Continue each row by `n` tokens, one after another; each is read once and then remembered.
 
     Args:
         model: token ids (B, T) to logits (B, T, V).
-        ids: integers (B, T), the prompts.
-        n: how many tokens to add; T + n must not exceed the model's `n_positions`.
+        ids: integers (B, T), the prompts; T + n must not exceed the model's `n_positions`.
+        n: how many tokens to add.
+        temperature: 0 takes the most likely token; above, one is drawn from the softmax of
+            logits / temperature, sharper below 1 and flatter beyond.
+        top_k: draw from the so many most likely tokens only.
+        rng: a `numpy.random.Generator`, needed to draw.
 
     Returns:
         Integers (B, T + n).
     """
     ids = new = np.asarray(ids)
-    with no_grad(), cached():
+    longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf
+    if ids.shape[1] + n > longest:
+        raise ValueError(f"n is {n} after {ids.shape[1]} tokens; expected {longest} in all at most")
+    with model.mode(training=False), no_grad(), cached():
         for _ in range(n):
-            new = model(new).data[:, -1].argmax(axis=-1)[:, None]  # (B, T, V) -> (B, 1)
+            z = model(new).data[:, -1]  # (B, T, V) -> (B, V)
+            if top_k and temperature:
+                lowest = np.partition(z, -top_k, axis=-1)[:, -top_k, None]  # (B, 1)
+                z = np.where(z < lowest, -np.inf, z)
+            if temperature:  # the largest of z / temperature + Gumbel noise is a draw from softmax
+                noise = -np.log(check_rng(rng).exponential(size=z.shape))
+                z = z / temperature + noise
+            new = z.argmax(axis=-1)[:, None]  # (B, V) -> (B, 1)
             ids = np.concatenate([ids, new], axis=1)  # -> (B, T + 1)
     return ids

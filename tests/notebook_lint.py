@@ -8,6 +8,8 @@ import ast
 import base64
 import re
 
+from nbformat.v4 import new_code_cell
+
 RULES = {}
 
 OPENING = ("The question.", "You will do.", "You will learn.", "You need.", "Time.")
@@ -91,6 +93,23 @@ def calls(source, name):
             found += name == getattr(function, "attr", getattr(function, "id", None))
         waiting.extend(ast.iter_child_nodes(node))
     return found
+
+
+def seconds_to_run(nb):
+    """How long the notebook says that it runs, in seconds; the longest, if it does not say."""
+    found = re.search(r"(\d+) seconds to run", "".join(cell["source"] for cell in nb["cells"]))
+    return int(found[1]) if found else 120
+
+
+def solved(nb):
+    """For each exercise, a cell with its solution and then its check."""
+    block = r"<details>.*?```python\n(.*?)```.*?</details>"
+    source = ""
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            source = cell["source"]
+        for code in re.findall(block, cell["source"], flags=re.S):
+            yield new_code_cell(f"{code}\n{source.partition('# check')[2]}")
 
 
 # --- it ran ----------------------------------------------------------------------------------
@@ -295,6 +314,8 @@ def exercises(nb):
     parts = re.split(r"^### Exercise", text, flags=re.M)[1:]
     if not parts:
         yield "there is no `### Exercise` under `## Exercises`"
+    if len(list(solved(nb))) != markdown(nb).count("<details"):
+        yield "a solution holds no ```python block, or more than one"
     for number, part in enumerate(parts, 1):
         solutions = len(re.findall(r"<details>\s*<summary>.+?</summary>.+?</details>", part, re.S))
         if solutions != 1 or part.count("<details") != 1:

@@ -7,7 +7,6 @@ Only this script should write outputs into a notebook. Whoever runs it gets the 
 are numbered, nothing of the machine, the user or the clock is kept.
 """
 
-import os
 import re
 import sys
 import time
@@ -17,18 +16,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+from surroundings import ROOT, settle
+
+NOTEBOOKS = ROOT / "notebooks"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-
-
-def one_thread():
-    """Make NumPy in this process and those it starts use one thread, unless told otherwise.
-
-    Call it before NumPy is loaded. Sums then come in the same order everywhere, and two workers
-    on two cores do not get in each other's way.
-    """
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
 
 
 def find():
@@ -97,7 +88,7 @@ def main(names):
         print(f"no notebook is called {' or '.join(names)}; there are:", file=sys.stderr)
         print("\n".join(p.name for p in find()), file=sys.stderr)
         return 2
-    one_thread()
+    settle()
     failed = False
     for path in paths:
         try:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Do the notebooks' stored outputs come out again on other machines? Each setting below runs all
-# notebooks by strict nbval in what stands for another machine, and prints one line.
+# notebooks by strict nbval in what stands for another machine, and prints one line; `perturbed`
+# pushes each training by 1e-13 instead. Every night a machine does so for each setting.
 #
 #   tests/reproduce.sh              every setting
 #   tests/reproduce.sh nehalem …    only these
@@ -11,8 +12,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-settings="nehalem haswell skylakex threads-1 threads-2 no-avx512
-          numpy-1.26 python3.10 python3.11 python3.12 python3.13"
+settings="perturbed nehalem haswell skylakex threads-2 no-avx512
+          numpy-1.26 python3.10 python3.11 python3.12 python3.13 python3.14"
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -26,17 +27,17 @@ has() { # a CPU feature, as Linux spells it
         sysctl -n machdep.cpu.features machdep.cpu.leaf7_features 2>/dev/null | grep -qiw "$1"
 }
 
-count() { # passed or failed: how many cells did, by pytest's closing line
+count() { # passed or failed: how many did, by pytest's closing line
     tail -n 1 "$log" | grep -oE "[0-9]+ $1" | grep -oE '[0-9]+' || echo 0
 }
 
-notebooks() { # setting, python, VARIABLE=value …
+tests=notebooks
+notebooks() { # setting, python, VARIABLE=value …: run all `tests`
     local setting=$1 python=$2 log="$scratch/$1.log" started=$SECONDS verdict=ok
     shift 2
-    # One thread is how the notebooks were stored; a setting may say otherwise.
-    env OPENBLAS_NUM_THREADS=1 "$@" "$python" -m pytest notebooks -q --color=no \
+    env "$@" "$python" -m pytest $tests -q --color=no \
         -p no:cacheprovider >"$log" 2>&1 </dev/null || verdict=FAILED
-    say "$setting" "$(printf '%-6s' "$verdict") $(count passed) cells, $(count failed) failed, \
+    say "$setting" "$(printf '%-6s' "$verdict") $(count passed) passed, $(count failed) failed, \
 $("$python" -c 'import platform, numpy
 print("Python", platform.python_version() + ", NumPy", numpy.__version__)'), \
 $((SECONDS - started)) s"
@@ -109,12 +110,14 @@ versions() { # setting, Python's version, what to install beside the requirement
 
 run() {
     case $1 in
+        perturbed)
+            tests="tests/test_perturbed.py -m nightly --dist=load" notebooks perturbed python
+            ;;
         nehalem) blas_kernel nehalem Nehalem sse4_2 SSE4.2 ;;
         haswell) blas_kernel haswell Haswell avx2 AVX2 ;;
         skylakex) blas_kernel skylakex SkylakeX avx512f AVX-512 ;;
-        threads-1) notebooks threads-1 python OPENBLAS_NUM_THREADS=1 ;;
         # One worker: two that spin on two threads each would wait for one another.
-        threads-2) notebooks threads-2 python OPENBLAS_NUM_THREADS=2 PYTEST_ADDOPTS="-n 0" ;;
+        threads-2) notebooks threads-2 python MINILORA_THREADS=2 PYTEST_ADDOPTS="-n 0" ;;
         no-avx512) without_avx512 ;;
         # The last Python for which NumPy 1.26 and today's matplotlib both have wheels is 3.12.
         numpy-1.26) versions numpy-1.26 3.11 'numpy==1.26.*' ;;

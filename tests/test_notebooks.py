@@ -1,25 +1,27 @@
-"""The notebooks keep the rules, the rules can fail, and no printed number hangs by a thread.
+"""The notebooks keep the rules, the rules can fail, and no machine's settings reach a kernel.
 
 That each stored output comes out again is nbval's part: `pytest` collects the notebooks too.
 """
 
 import base64
-import copy
 import functools
-import inspect
 import io
+import os
 import re
+import subprocess
+import sys
 
+import nbformat
 import pytest
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import notebook_lint
-from notebook_lint import RULES, UNCOMPARED, code_cells, markdown, tags
-from refresh_notebooks import execute, find, normalise, read
+from notebook_lint import RULES, code_cells
+from refresh_notebooks import find, normalise, read
+from surroundings import ROOT
 
 NOTEBOOKS = find()
-read_once = functools.cache(read)
 
 
 def test_there_are_notebooks():
@@ -28,16 +30,21 @@ def test_there_are_notebooks():
     assert len(set(numbers)) == len(numbers), "two notebooks share a number"
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_keeps_the_rules(path, rule):
-    if problems := list(RULES[rule](read_once(path))):
-        pytest.fail("\n".join([f"{path.name}: {RULES[rule].__doc__}", *problems]), pytrace=False)
+def test_keeps_the_rules(path):
+    if problems := broken(read(path)):
+        pytest.fail("\n".join([path.name, *problems]), pytrace=False)
+
+
+def broken(nb):
+    """What every rule says against a notebook, each with the rule itself."""
+    return [f"{found} ({rule.__doc__})" for rule in RULES.values() for found in rule(nb)]
 
 
 # --- the rules can fail: each is shown small notebooks that it must refuse --------------------
 
 
+@functools.cache
 def png(dpi=72, side=1.0):
     """A picture, in base64."""
     buffer = io.BytesIO()
@@ -84,7 +91,7 @@ def good():
         *(code(f"a = {i}") for i in range(15)),
         new_markdown_cell(
             "## Exercises\n\n### Exercise 1 (5 minutes)\n\nDo.\n\n"
-            "<details>\n<summary>Solution</summary>\n\nSo.\n</details>"
+            "<details>\n<summary>Solution</summary>\n\n```python\na = 1\n```\nSo.\n</details>"
         ),
         code("assert True"),
         new_markdown_cell("## Summary\n\nDone.\n\n## Where the paper says it\n\nSection 4."),
@@ -212,6 +219,7 @@ BAD = {
         edit(EXERCISE, "5 minutes", "short"),
         edit(EXERCISE, "<details>", "<details open>"),
         edit(EXERCISE, "</details>", ""),
+        edit(EXERCISE, "```python", "```"),
         edit(EXERCISE, "<details>", "<details></details><details>"),
         edit(EXERCISE, "Do.", "Do.\n\n### Exercise 2 (1 minute)\n\nDo."),
         lambda nb: nb.cells.pop(CHECK),
@@ -222,8 +230,7 @@ BAD = {
 
 
 def test_a_good_notebook_keeps_every_rule():
-    nb = good()
-    assert not {name: found for name, rule in RULES.items() if (found := list(rule(nb)))}
+    assert not broken(good())
 
 
 def test_every_rule_is_shown_to_fail():
@@ -251,7 +258,7 @@ def test_a_bad_notebook_is_refused(rule, mutate):
         edit(PLAIN, "a = 0", "def f():\n    print(1)\n\n\nif False:\n    ml.show(fig, '')"),
         edit(CLOSING, "Done.", "See https://example.org/home/x and/or the framework/work in h/w."),
         edit(1, "*exact here*", "_Toy evidence:_ it is"),
-        edit(EXERCISE, "So.", "```python\n## Not a heading\n```"),
+        edit(EXERCISE, "So.", "```sh\n## Not a heading\n```"),
         store("0x1f\nnumbers\n"),
     ],
     ids=["magic", "not run", "URL", "label", "fence", "hexadecimal"],
@@ -259,143 +266,79 @@ def test_a_bad_notebook_is_refused(rule, mutate):
 def test_what_only_looks_bad_passes(change):
     nb = good()
     change(nb)
-    assert not {name: found for name, rule in RULES.items() if (found := list(rule(nb)))}
+    assert not broken(nb)
 
 
-# --- no printed number hangs by a thread ------------------------------------------------------
+def test_each_setting_of_reproduce_runs_every_night():
+    script = (ROOT / "tests" / "reproduce.sh").read_text("utf-8")
+    settings = re.search(r'^settings="(.*?)"', script, re.M | re.S)[1].split()
+    nightly = (ROOT / ".github" / "workflows" / "nightly.yml").read_text("utf-8")
+    assert settings == re.findall(r"^          - (\S+)$", nightly, re.M)
 
 
-def perturb_training():
-    """Runs in the notebook's kernel, before its first cell: each training is pushed by 1e-13.
+# --- a notebook in a run of its own, started by someone with settings -------------------------
 
-    That is far more than another BLAS kernel makes of the same sum; in float32 it is 1e-6. It
-    comes with the first step of each optimiser, and only to what that step has moved, since the
-    laws that hold to the bit on every machine shall hold here as well: B = 0 keeps A in its place
-    at step 1, a frozen weight stays. Equal trainings get equal pushes and stay equal.
-
-    Returns:
-        A list that grows by the shape of each parameter that was pushed.
-    """
-    import functools
-
-    import numpy as np
-
-    from minilora import optim
-
-    shapes = []
-
-    def pushed(step):
-        @functools.wraps(step)
-        def wrapper(self, *args, **kwargs):
-            if hasattr(self, "was_pushed"):
-                return step(self, *args, **kwargs)
-            self.was_pushed = True
-            before = [p.data.copy() for p in self.parameters]
-            step(self, *args, **kwargs)
-            rng = np.random.default_rng(2026)
-            for p, old in zip(self.parameters, before, strict=True):
-                size = 1e-13 if p.dtype == np.float64 else 1e-6
-                p.data += size * (p.data != old) * rng.standard_normal(p.shape)
-                shapes.append(p.shape)
-
-        return wrapper
-
-    for optimizer in (optim.SGD, optim.AdamW):
-        optimizer.step = pushed(optimizer.step)
-    return shapes
+FACTS = """
+import os, matplotlib, minilora
+print("spoilt" in globals(), __debug__, open(os.devnull).encoding.lower())
+print(matplotlib.rcParams["figure.figsize"], "inline" in os.environ["MPLBACKEND"])
+print(*map(os.environ.get, ["PYTHONSTARTUP", "OMP_NUM_THREADS", "COLUMNS"]))
+"one"
+"two"
+"""
+SEEN = "False True utf-8\n[6.4, 4.8] True\nNone 1 80\n"
 
 
-INJECTED = f"{inspect.getsource(perturb_training)}\n_pushed = perturb_training()\n"
-
-
-def printed(cell):
-    """What a cell says in words: streams, values, and the message of an error."""
-    for output in cell.outputs:
-        if output.output_type == "stream":
-            yield output.name, output.text
-        elif output.output_type == "error":
-            yield output.ename, output.evalue
-        else:
-            yield "value", output.data.get("text/plain")
-
-
-def solved(nb):
-    """For each exercise, a cell with its solution and then its check."""
-    source = ""
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            source = cell.source
-        for code in re.findall(r"<details>.*?```python\n(.*?)```.*?</details>", cell.source, re.S):
-            yield new_code_cell(f"{code}\n{source.partition('# check')[2]}")
-
-
-def execute_pushed(nb, folder):
-    """Run a notebook with its training pushed, and then every solution with its check.
-
-    Returns:
-        Its cells, those with the solutions, and whether anything was pushed.
-    """
-    nb, n = copy.deepcopy(nb), len(nb.cells)
-    solutions = list(solved(nb))
-    nb.cells.insert(0, new_code_cell(INJECTED))
-    nb.cells += [new_code_cell("print(bool(_pushed))"), *solutions]
-    # Errors are kept and compared like all else, so that a failure names its cell.
-    cells = execute(nb, folder, allow_errors=True).cells[1:]
-    return cells[:n], cells[n + 1 :], list(printed(cells[n])) == [("stdout", "True\n")]
-
-
-def test_a_number_that_hangs_by_a_thread_is_caught(tmp_path):
-    sources = [
-        "import minilora as ml\nimport numpy as np\nw = ml.Parameter(np.array([0.3]))",
-        "(w * w).sum().backward()\nml.SGD([w], lr=0.1).step()\nx = w.item()\nprint(f'{x:.4f}')",
-        "for _ in range(80):\n    x = 3.9 * x * (1 - x)  # chaos\nprint(f'{x:.4f}')",
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What became of each cell: one tells of its surroundings, then an exercise is solved twice."""
+    folder, theirs = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("theirs")
+    value = new_output("execute_result", {"text/plain": "'two'"}, execution_count=1)
+    cells = [
+        code(FACTS, stream(SEEN), value),
+        code("answer = None\n# check\nprint('Right.' if answer == 3 else 'No.')", stream("No.\n")),
+        *(new_markdown_cell(f"<details>\n```python\nanswer = {n}\n```\n</details>") for n in "34"),
     ]
-    nb = new_notebook(cells=[new_code_cell(source) for source in sources])
-    (_, calm, chaos), _, pushed = execute_pushed(nb, tmp_path)
-    _, calm_before, chaos_before = execute(nb, tmp_path).cells
-    assert pushed
-    assert list(printed(calm)) == list(printed(calm_before)) == [("stdout", "0.2400\n")]
-    assert list(printed(chaos)) != list(printed(chaos_before))
+    cells[0].execution_count = cells[1].execution_count = 1
+    nbformat.write(normalise(new_notebook(cells=cells)), folder / "facts.ipynb")
+
+    config = "c = get_config()\nc.InteractiveShell.ast_node_interactivity = 'all'\n"
+    (theirs / "profile_default").mkdir()
+    (theirs / "profile_default" / "ipython_config.py").write_text(config, "utf-8")
+    (theirs / "matplotlibrc").write_text("figure.figsize: 1, 1\n", "utf-8")
+    for module in ("helpers", "surroundings", "minilora", "matplotlib"):
+        (theirs / f"{module}.py").write_text("spoilt = True\n", "utf-8")
+    hostile = dict.fromkeys(["IPYTHONDIR", "MPLCONFIGDIR"], str(theirs)) | {
+        "MINILORA_TEST_HOME": "",  # not the one of this run
+        "PYTEST_ADDOPTS": "",
+        "PYTHONPATH": os.pathsep.join([str(theirs), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONSTARTUP": str(theirs / "helpers.py"),
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "MPLBACKEND": "svg",
+        "OMP_NUM_THREADS": "7",
+        "LC_ALL": "C",
+        "COLUMNS": "20",
+    }
+    # Both files must be named, for the notebook lies elsewhere.
+    options = "-c pyproject.toml -p conftest -p no:cacheprovider -n 0 -rA --color=no".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, folder / "facts.ipynb"],
+        cwd=ROOT,
+        env=os.environ | hostile,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    found = {cell: how for how, cell in re.findall(r"^([A-Z]+) .*::(\w+ \d)", done.stdout, re.M)}
+    assert len(found) == 4, done.stdout + done.stderr
+    return found, done.stdout
 
 
-@pytest.fixture(scope="class")
-def rerun(request):
-    """What `execute_pushed` makes of the notebook of this class."""
-    return execute_pushed(read_once(request.cls.path), request.cls.path.parent)
+def test_nothing_that_a_reader_has_set_reaches_a_kernel(outcomes):
+    found, text = outcomes
+    assert found["Cell 0"] == found["Cell 1"] == "PASSED", text
 
 
-class Perturbed:
-    """A notebook prints the same when its training starts a hair's breadth away.
-
-    Its exercises can be solved, too: the run goes on with every solution and its check.
-    """
-
-    def test_something_was_pushed_if_it_trains(self, rerun):
-        assert rerun[2] or not self.trains
-
-    def test_every_solution_passes_its_check(self, rerun):
-        told = [list(printed(cell)) for cell in rerun[1]]
-        assert len(told) == markdown(read_once(self.path)).count("<details>") > 0
-        for words in told:
-            kind, text = words[-1]
-            assert (kind, text.splitlines()[-1]) == ("stdout", "Right.")
-
-    def test_prints_the_same(self, rerun, cell):
-        stored, again = read_once(self.path).cells[cell], rerun[0][cell]
-        assert list(printed(again)) == list(printed(stored))
-
-
-def pytest_generate_tests(metafunc):
-    """One test for each cell whose output nbval compares, too."""
-    if "cell" in metafunc.fixturenames:
-        cells = code_cells(read_once(metafunc.cls.path))
-        metafunc.parametrize("cell", [i for i, cell in cells if not tags(cell) & UNCOMPARED])
-
-
-# One class for each notebook: xdist hands a class to one worker as a whole, so that
-# the notebook runs once, and different classes to different workers.
-for _path in NOTEBOOKS:
-    _source = "".join(cell.source for _, cell in code_cells(read_once(_path)))
-    _trains = bool(re.search(r"\b(fit|AdamW|SGD)\(", _source))
-    _name = f"TestPerturbed_{_path.stem}"
-    globals()[_name] = type(_name, (Perturbed,), {"path": _path, "trains": _trains})
+def test_a_solution_must_pass_the_check_of_its_exercise(outcomes):
+    found, text = outcomes
+    assert (found["Solution 1"], found["Solution 2"]) == ("PASSED", "FAILED"), text

@@ -27,4 +27,5 @@ from .scales import IA3, TokenRows, bitfit, full, ia3, token_rows
 # what a file may ask for
 KINDS = [LoRA, LoRAEmbedding, DoRA, PiSSA, IA3, TokenRows]
 KINDS += [Adapter, Prefix, Prompt, WithoutPrompt]
+BLANK = (Adapter, Prefix)  # of any width: they can be made without drawing a start
 WRAPPERS = {kind.__name__: kind for kind in KINDS}

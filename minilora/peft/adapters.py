@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Parameter, check_rng
+from ..nn import Embedding, Linear, Parameter, check_rng, normal
 from ..surgery import Wrapper, find, plain, put_all, wear
 from ..transformer import attend, past, recall
 
@@ -108,7 +108,7 @@ class Prefix(Wrapper):
             )
         self.base, self.m, self.room, self.hidden = base, int(m), int(room), hidden
         d, inner, dtype = base.d_out, base.k.d_out, dtype_of(base)  # inner < d in pruned heads
-        draw = lambda d: Parameter(check_rng(rng).standard_normal((m, d)).astype(dtype))  # noqa: E731
+        draw = lambda d: normal(rng, (m, d), 1.0, dtype)  # noqa: E731
         if hidden is None:
             self.keys, self.values = draw(inner), draw(inner)
         else:
