@@ -41,14 +41,37 @@ def root_of(gram, damping=1e-6):
     return np.linalg.cholesky(gram / mean + damping * np.eye(len(gram)))
 
 
-def compensation(gram, damping):
-    """How an error in feature j is made up for by the features after it: row j, (d, d).
+def make_up(w, gram, settle, damping=0.01):
+    """Settle a weight column by column; those still to come make up for each error.
 
-    With C + λI = R Rᵀ, R upper triangular, that is row j of R⁻¹ over its diagonal.
+    Of all changes to later columns, the one made here keeps the error on the data, tr(E C Eᵀ),
+    smallest. With C + λI = R Rᵀ, R upper triangular, row j of U = R⁻¹ says how, and removing
+    w_j costs (w_j / U_jj)². It is the Optimal Brain Surgeon, in a fixed order.
+
+    Args:
+        w: (d_out, d_in). gram: C (d_in, d_in), the mean of x xᵀ, as `observe` finds it.
+        settle: `settle(j, rest, u)` says what column j shall be, (d_out,), from all columns as
+            they now stand, (d_in, d_out), and U.
+        damping: λ over the mean of C's diagonal.
+
+    Returns:
+        The settled weight, (d_out, d_in), float64.
+
+    Source: LeCun et al. 1989, "Optimal brain damage"; Hassibi & Stork 1992, "Second order
+    derivatives for network pruning"; Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
-    root = root_of(gram[::-1, ::-1], damping)[::-1, ::-1]  # R: Cholesky from the last row up
-    spread = np.linalg.inv(root)
-    return spread / np.diagonal(spread)[:, None]
+    # Cholesky from the last row up, by turning the matrix round twice
+    u = np.linalg.inv(root_of(gram[::-1, ::-1], damping)[::-1, ::-1])
+    rest = w.T.astype(np.float64, order="C")  # (d_in, d_out), so that a column lies together
+    errors = np.empty(rest.shape)
+    for start in range(0, len(rest), 128):  # columns far off wait, for one matrix product
+        stop = min(start + 128, len(rest))
+        for j in range(start, stop):
+            fixed = settle(j, rest, u)  # (d_out,)
+            errors[j], rest[j] = (rest[j] - fixed) / u[j, j], fixed
+            rest[j + 1 : stop] -= u[j, j + 1 : stop, None] * errors[j]
+        rest[stop:] -= u[start:stop, stop:].T @ errors[start:stop]
+    return rest.T
 
 
 def weighted_svd(w, gram, r):

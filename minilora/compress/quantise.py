@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .factor import compensation
+from .factor import make_up
 
 KINDS = ("symmetric", "affine", "nf4", "levels")
 TINY = float(np.finfo(np.float32).tiny)  # the smallest step: a block of zeros needs no care
@@ -273,31 +273,27 @@ def kmeans(w, bits=4, *, block=None, iterations=30):
 def gptq(w, gram, bits=4, *, block=64, kind="symmetric", double=False, damping=0.01):
     """Round a weight column by column, each column making up for the errors before it.
 
-    What rounding column j does wrong is spread over the columns still to come, so that the
-    error on the data, the mean tr(E C Eᵀ) of ‖(W − Ŵ) x‖², is as small as they can make it.
-    With C + λI = R Rᵀ, R upper triangular, row j of R⁻¹ says how. The scales are those that
-    `quantise` gives, and so are the bytes. It helps where features are correlated and the grid
-    leaves room to make up for an error; with 1 bit it may do harm.
+    By `make_up`: what rounding one column does wrong is spread over the columns still to come.
+    The scales are those that `quantise` gives, and so are the bytes. It helps where features are
+    correlated and the grid leaves room to make up for an error; with 1 bit it may do harm.
 
     Args:
         w: (d_out, d_in), float32 or float64.
-        gram: C (d_in, d_in), the mean of x xᵀ over inputs, as `observe` finds it.
         bits, block, kind, double: as for `quantise`; a whole `block` must divide d_in.
-        damping: λ over the mean of C's diagonal.
+        gram, damping: as for `make_up`.
 
     Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
     q, d_in = quantise(w, bits, block=block, kind=kind, double=double), w.shape[1]
     if block not in (None, "row") and d_in % block:
         raise ValueError(f"block is {block}; expected a divisor of d_in = {d_in}, 'row' or None")
-    grid, shares = level_set(q.bits, kind), compensation(gram, damping)
+    grid, codes = level_set(q.bits, kind), np.empty(w.shape, np.uint8)
     scale, zero = q.spread(q.scales()), q.spread(0 * q.scales() if q.zero is None else q.zero)
-    # turned, so that a column lies together: (d_out, d_in) -> (d_in, d_out)
-    rest, scale, zero = (a.T.astype(np.float64, order="C") for a in (w, scale, zero))
-    codes = np.empty(rest.shape, np.uint8)
-    for j, column in enumerate(rest):
-        x = (column - zero[j]) * (1 / np.maximum(scale[j], TINY))  # (d_out,)
-        codes[j] = nearest(x, grid)
-        error = column - (grid[codes[j]] * scale[j] + zero[j])
-        rest[j + 1 :] -= shares[j, j + 1 :, None] * error  # (d_in − j − 1, d_out)
-    return q._replace(packed=pack(codes.T, bits))
+
+    def settle(j, rest, u):
+        own = scale[:, j].astype(np.float64)  # (d_out,)
+        codes[:, j] = nearest((rest[j] - zero[:, j]) * (1 / np.maximum(own, TINY)), grid)
+        return grid[codes[:, j]] * own + zero[:, j]
+
+    make_up(w, gram, settle, damping)
+    return q._replace(packed=pack(codes, bits))
