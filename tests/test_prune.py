@@ -18,14 +18,18 @@ from minilora import (
     check_vjp,
     count,
     detach,
+    evaluate,
     fit,
     freeze,
+    load_base,
+    load_eval,
     load_model,
     lora,
     merge,
     no_grad,
     ops,
     save_model,
+    tasks,
 )
 from minilora.compress import (
     Masked,
@@ -41,6 +45,7 @@ from minilora.compress import (
     prune_neurons,
     quantise_model,
     rewind,
+    sparse_gpt,
     sparsify,
     to_bitmap,
     to_indices,
@@ -110,6 +115,9 @@ def draw(generator):
 def moments(d, seed=0):
     x = rng(seed).standard_normal((20, d)) * np.geomspace(0.1, 10, d)
     return x.T @ x / 20
+
+
+GRAMS = observe(small(), IDS)
 
 
 # ------------------------------------------------------------------ masks
@@ -367,6 +375,124 @@ def test_layers_out_of_target_keep_the_mask_they_have():
     assert model.blocks[0].attn.q.sparsity == 0.75
 
 
+@pytest.mark.parametrize("grams", [None, GRAMS], ids=["magnitude", "wanda"])
+@pytest.mark.parametrize("scope", ["row", "layer", "global", 4])
+def test_a_scope_is_what_holds_the_share(scope, grams):
+    found, model, every = masks(sparsify(small(), 0.5, scope=scope, grams=grams)), small(), []
+    for name, layer in model.named_modules():
+        if name in found:
+            w = np.abs(layer.weight.data)
+            score = w if grams is None else w * np.sqrt(np.diagonal(grams[name]))
+            size = {"row": layer.d_in, "layer": w.size, "global": w.size, 4: 4}[scope]
+            every.append([a.reshape(-1, size) for a in (score, found[name])])
+    if scope == "global":
+        every = [[np.concatenate([a.ravel() for a in part])[None] for part in zip(*every)]]  # noqa: B905
+    for score, mask in every:  # (groups, in each)
+        assert (np.count_nonzero(mask, axis=1) * 2 == mask.shape[1]).all()
+        least = np.where(mask, score, np.inf).min(axis=1)
+        assert (np.where(mask, 0, score).max(axis=1) <= least).all()
+
+
+# ------------------------------------------------------------------ making up for what goes
+
+
+def correlated(d, seed=0):
+    x = rng(seed).standard_normal((300, d)) @ rng(seed + 1).standard_normal((d, d))
+    return x.T @ x / 300
+
+
+def by_the_book(w, gram, sparsity, width, by_group):
+    """The Optimal Brain Surgeon column by column, the inverse made afresh each time."""
+    c, w = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram)), w.copy()
+    inverses = [np.linalg.inv(c[j:, j:]) for j in range(len(c))]
+    for j in range(len(c)):
+        if j % width == 0:
+            at = slice(j, min(j + width, len(c)))
+            cost = w[:, at] ** 2 / [inverses[k][0, 0] for k in range(at.start, at.stop)]
+            rows = cost if by_group else cost.reshape(1, -1)
+            worst = np.argsort(rows, axis=1)[:, : round(sparsity * rows.shape[1])]
+            gone = np.zeros(rows.shape, bool)
+            np.put_along_axis(gone, worst, True, axis=1)
+            gone = gone.reshape(cost.shape)
+        for i in np.flatnonzero(gone[:, j - at.start]):
+            w[i, j:] -= w[i, j] / inverses[j][0, 0] * inverses[j][0]
+            w[i, j] = 0
+    return w
+
+
+@both
+@pytest.mark.parametrize("scope, sparsity", [("layer", 0.3), ("layer", 0.6), (4, 0.5), (2, 0.5)])
+def test_sparse_gpt_is_the_brain_surgeon_in_a_fixed_order(scope, sparsity, dtype):
+    for seed in range(5):
+        w, gram = rng(seed).standard_normal((6, 20)).astype(dtype), correlated(20, seed)
+        got, mask = sparse_gpt(w, gram, sparsity, scope=scope)
+        assert got.dtype == dtype and (got[~mask] == 0).all()
+        width = 8 if scope == "layer" else scope
+        wanted = by_the_book(w.astype(np.float64), gram, sparsity, width, scope != "layer")
+        np.testing.assert_array_equal(mask, wanted != 0)
+        np.testing.assert_allclose(got, wanted, atol=1e-6 if dtype == np.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("width, scope", [(64, "layer"), (4, 4)])
+def test_making_up_harms_the_outputs_less_than_wanda_and_not_less_than_can_be(width, scope):
+    for seed in range(5):
+        w, gram = rng(seed).standard_normal((8, 64)), correlated(64, seed)
+        got, mask = sparse_gpt(w, gram, 0.5, scope=scope)
+        groups = (np.abs(w) * np.sqrt(np.diag(gram))).reshape(-1, width)
+        wanda = w * (groups > np.median(groups, axis=1, keepdims=True)).reshape(w.shape)
+        harms = [np.einsum("oi,ij,oj->", w - near, gram, w - near) for near in (got, wanda)]
+        assert harms[0] < 0.75 * harms[1]
+        for row, near, keep in zip(w, got, mask, strict=True):  # the best there is for this mask
+            best = np.zeros(64)
+            best[keep] = np.linalg.solve(gram[np.ix_(keep, keep)], gram[keep] @ row)
+            assert (row - near) @ gram @ (row - near) >= (row - best) @ gram @ (row - best) - 1e-9
+
+
+def test_of_four_the_best_two_stay_if_features_are_not_correlated():
+    w, gram = rng().standard_normal((50, 4)), np.diag([1.0, 4, 9, 2])
+    got, mask = sparse_gpt(w, gram, 0.5, scope=4, damping=0)
+    np.testing.assert_array_equal(got, w * mask)
+    cost = [[(row**2 * np.diag(gram))[~keep].sum() for keep in every_mask(4, 2)] for row in w]
+    np.testing.assert_allclose((w**2 * ~mask) @ np.diag(gram), np.min(cost, axis=1))
+
+
+@pytest.mark.parametrize("scope", [None, 2])
+def test_a_compensated_model_has_its_share_keeps_its_masks_and_leaves_the_old_layers(scope):
+    model = freeze(small(), "blocks.0.*")
+    old, start = dict(model.named_modules()), snapshot(model)
+    settings = {"scope": scope, "grams": GRAMS, "compensate": True}
+    sparsify(model, 0.5, **settings)
+    first = masks(model)
+    assert all(w.sparsity == 0.5 for w in wrappers(model).values())
+    for name, w in wrappers(model).items():
+        assert not w.dense()[~w.mask].any()
+        np.testing.assert_array_equal(old[name].weight.data, start[f"{name}.weight"])
+        assert w.base.weight.requires_grad == (not name.startswith("blocks.0"))
+        np.testing.assert_array_equal(w.base.bias.data, start[f"{name}.bias"])
+    before = logits(model)
+    sparsify(model, 0.25, **settings)  # less than there is: nothing changes
+    np.testing.assert_array_equal(logits(model), before)
+    if scope is None:
+        sparsify(model, 0.75, **settings)
+        assert all(w.sparsity == 0.75 for w in wrappers(model).values())
+        assert not any((mask & ~first[name]).any() for name, mask in masks(model).items())
+
+
+def test_on_the_base_sparse_gpt_is_no_worse_than_wanda():
+    tests = np.concatenate([load_eval(skill)[:20] for skill in tasks.SKILLS])
+    for seed in range(3):
+        seen = tasks.sample(list(tasks.SKILLS), 128, rng(seed))[:, :-1]
+        grams = observe(load_base(), seen)
+        for sparsity, scope in ((0.5, None), (0.6, None), (0.5, 4)):
+            wanda, gpt = (
+                evaluate(
+                    sparsify(load_base(), sparsity, scope=scope, grams=grams, compensate=c), tests
+                ).token_accuracy
+                for c in (False, True)
+            )
+            assert gpt >= wanda
+
+
 def test_masked_weights_stay_bit_identical_through_training_and_the_others_move():
     model = sparsify(small(), 0.5)
     before = {name: w.base.weight.data.copy() for name, w in wrappers(model).items()}
@@ -405,7 +531,6 @@ def test_a_state_that_does_not_fit_is_not_rewound_to():
         assert state(model) == before, i
 
 
-GRAMS = observe(small(), IDS)
 LACKING = {name: gram for name, gram in GRAMS.items() if not name.endswith(("down", "o"))}
 
 
@@ -413,7 +538,9 @@ LACKING = {name: gram for name, gram in GRAMS.items() if not name.endswith(("dow
     "settings, error, word",
     [
         ({"scope": "column"}, ValueError, "scope"),
-        ({"scope": "global", "grams": GRAMS}, ValueError, "scope"),
+        ({"scope": 3}, ValueError, "divisor"),
+        ({"compensate": True}, ValueError, "scope"),
+        ({"compensate": True, "grams": GRAMS, "scope": "row"}, ValueError, "scope"),
         ({"grams": LACKING}, KeyError, "blocks.0.attn.o"),
         ({"targets": "norm"}, LookupError, "right kind"),
         ({"targets": "head"}, ValueError, "tied"),

@@ -11,6 +11,7 @@ import numpy as np
 from .. import ops
 from ..nn import Linear
 from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
+from .factor import make_up
 from .observe import watch
 
 # ------------------------------------------------------------------ which to keep
@@ -26,11 +27,16 @@ def _lowest(score, n):
     return below | (at & (at.cumsum(axis=-1, dtype=np.int64) <= room))
 
 
-def _drop(score, sparsity):
-    """Where the lowest share of each row is: (…, m) to booleans."""
+def _drop(score, sparsity, scope="row"):
+    """Where the lowest share is, of each row, of all, or of each `scope` neighbours in a row."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity!r}; expected a share from 0 up to, not at, 1")
-    return _lowest(score, round(sparsity * score.shape[-1]))
+    d_in = score.shape[-1]
+    if scope not in ("row", "layer") and d_in % scope:
+        raise ValueError(f"scope is {scope}; expected a divisor of d_in = {d_in}")
+    size = {"row": d_in, "layer": score.size}.get(scope, scope)
+    groups = score.reshape(-1, size)  # (…, d_in) -> (groups, size)
+    return _lowest(groups, round(sparsity * size)).reshape(score.shape)
 
 
 def magnitude_mask(w, sparsity):
@@ -46,7 +52,7 @@ def magnitude_mask(w, sparsity):
 
     Source: Han et al. 2015, arXiv 1506.02626, section 3.
     """
-    return ~_drop(np.abs(w).reshape(-1), sparsity).reshape(np.shape(w))  # (…) -> (n,) -> (…)
+    return ~_drop(np.abs(w), sparsity, "layer")
 
 
 def _wanda(w, gram):
@@ -70,6 +76,36 @@ def wanda_mask(w, gram, sparsity):
     Source: Sun et al. 2023, arXiv 2306.11695, section 3.
     """
     return ~_drop(_wanda(w, gram), sparsity)
+
+
+def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
+    """Take weights away column by column, those still to come making up for what goes.
+
+    In each 8 columns (or `scope` of them), once their turn comes, the weights go whose removal
+    costs least, (w / U_jj)²: see `make_up`, and `gptq` for the same with rounding. The paper's
+    128 of some thousand columns are about as large a part of a layer.
+
+    Args:
+        w: (d_out, d_in). gram, damping: as for `make_up`.
+        sparsity: the share of zeros, from 0 up to, not at, 1.
+        scope: `"layer"`, or how many neighbours in a row hold this share, as for `sparsify`.
+        kept: booleans (d_out, d_in), False = gone from the start; or True.
+
+    Returns:
+        The weight, (d_out, d_in), with zeros; and booleans, True = kept.
+
+    Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
+    """
+    mask, width = np.broadcast_to(kept, w.shape).copy(), 8 if scope == "layer" else scope
+
+    def settle(j, rest, u):
+        if j % width == 0:
+            at = slice(j, j + width)
+            cost = (rest[at].T / np.diagonal(u)[at]) ** 2  # (d_out, width)
+            mask[:, at] &= ~_drop(np.where(mask[:, at], cost, -1), sparsity, scope)
+        return rest[j] * mask[:, j]
+
+    return make_up(w * mask, gram, settle, damping).astype(w.dtype), mask
 
 
 # ------------------------------------------------------------------ connections
@@ -108,7 +144,7 @@ class Masked(Wrapper):
         return f"Masked(sparsity={self.sparsity:.4g}, base={self.base!r})"
 
 
-def sparsify(model, sparsity, targets="blocks.*", *, scope="layer", grams=None):
+def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, compensate=False):
     """Put a mask on the layers whose names match, by |w|, or by |w| · ‖x‖ if `grams` are given.
 
     On a model that is masked already this prunes further, so that a loop of training and
@@ -119,36 +155,46 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope="layer", grams=None):
         model: changed in place; what trains goes on training.
         sparsity: the share of zeros, from 0 up to, not at, 1, counted from the whole layer.
         targets: one pattern or several for plain linear layers.
-        scope: `"layer"`: this share of each layer; `"global"`: this share of all of them
-            together, by one threshold.
-        grams: what `observe` gave; compared within each row, as Wanda does. `observe` wants a
-            plain model: to prune by fresh grams, `merge` first; zeros have the lowest score.
+        scope: this share of what: each `"layer"`; each `"row"`, as Wanda does, and as is done
+            with grams if nothing is said; `"global"`, all layers together, by one threshold; or
+            each so many neighbours in a row: 4 with a sparsity of .5 is the 2:4 of GPUs.
+        grams: what `observe` gave. `observe` wants a plain model: to prune by fresh grams,
+            `merge` first; zeros have the lowest score.
+        compensate: prune by `sparse_gpt`, with grams, by layers or neighbours: the weights that
+            stay change, and `detach` does not bring them back.
 
     Source: Han et al. 2015, arXiv 1506.02626, section 3; Sun et al. 2023, arXiv 2306.11695.
     """
-    if scope not in ("layer", "global") or (grams is not None and scope == "global"):
-        raise ValueError(f"scope is {scope!r}; expected 'layer', or 'global' without grams")
+    scope = scope or ("layer" if grams is None or compensate else "row")
+    unfit = compensate and (grams is None or scope in ("row", "global"))
+    if unfit or not (scope in ("row", "layer", "global") or isinstance(scope, int)):
+        raise ValueError(f"scope is {scope!r}; expected 'layer' or a number, 'row', 'global'")
     on = wrappers(model)
     if not all(isinstance(wrapper, Masked) for wrapper in on.values()):
         plain(model, ())  # refuses an adapter
     with detached(model):
         layers = plain(model, targets)
     kept = {name: on[name].mask if name in on else True for name in layers}
-    scores = {}
+    scores, gone, fresh = {}, {}, {}
     for name, layer in layers.items():
         w = layer.weight.data
         score = np.abs(w) if grams is None else _wanda(w, grams[name])
-        score = np.where(kept[name], score, -1)  # what is masked stays so: below every score
-        scores[name] = score.reshape(1, -1) if grams is None else score  # all are one row, or not
+        scores[name] = np.where(kept[name], score, -1)  # what is masked stays so
     if scope == "global":
-        every = np.concatenate([score[0] for score in scores.values()])  # (all weights,)
+        every = np.concatenate([score.reshape(-1) for score in scores.values()])  # (all weights,)
         ends = np.cumsum([score.size for score in scores.values()], dtype=np.int64)[:-1]
-        gone = np.split(_drop(every, sparsity), ends)
-    else:
-        gone = [_drop(score, sparsity) for score in scores.values()]
-    fresh = {}
-    for (name, layer), lost in zip(layers.items(), gone, strict=True):
-        fresh[name] = Masked(layer, kept[name] & ~lost.reshape(layer.shape))  # -> (d_out, d_in)
+        gone = dict(zip(layers, np.split(_drop(every, sparsity), ends), strict=True))
+    for name, layer in layers.items():
+        if compensate:
+            w, gram = layer.weight.data, grams[name]
+            w, mask = sparse_gpt(w, gram, sparsity, scope=scope, kept=kept[name])
+            layer = _cut(layer)  # a copy: the old layer stays what it was
+            layer.weight.data[...] = w
+        elif scope == "global":
+            mask = kept[name] & ~gone[name].reshape(layer.shape)  # (n,) -> (d_out, d_in)
+        else:
+            mask = kept[name] & ~_drop(scores[name], sparsity, scope)
+        fresh[name] = Masked(layer, mask)
     return put_all(model, fresh)
 
 
@@ -191,7 +237,7 @@ def _how_many(keep, n):
 
 def _cut(layer, rows=slice(None), columns=slice(None)):
     """The layer with some of its outputs, or some of its inputs."""
-    weight = np.ascontiguousarray(layer.weight.data[rows][:, columns])  # (d_out, d_in), smaller
+    weight = np.array(layer.weight.data[rows][:, columns], order="C")  # (d_out, d_in), smaller
     bias = None if layer.bias is None else layer.bias.data[rows].copy()
     return like(layer, Linear.of(weight, bias))
 
