@@ -379,6 +379,40 @@ def test_very_small_and_very_large_weights_stay_finite(form):
 
 
 @formats
+@pytest.mark.parametrize("block", [None, "row", 7])
+def test_a_clipped_block_never_errs_more_and_takes_no_more_bytes(form, block):
+    w = normal(6, 30) ** 3  # heavy tails
+    plain, clipped = (quantise(w, block=block, clip=clip, **form) for clip in (False, True))
+    starts = np.arange(0, w.size, {None: w.size, "row": 30}.get(block, block))
+    errors = [
+        np.add.reduceat((dequantise(q, np.float64) - w).ravel() ** 2, starts)
+        for q in (plain, clipped)
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
+    assert clipped.nbytes == plain.nbytes and clipped.settings() == plain.settings()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_clipped_scale_is_the_best_of_many(bits):
+    w, top = normal(8, 64, dtype=np.float64), (1 << bits - 1) - 1
+    errors = []
+    for share in np.linspace(0.2, 1, 401):
+        scale = share * np.abs(w).max(axis=1, keepdims=True) / top
+        near = np.clip(np.rint(w / scale), -top, top) * scale
+        errors.append(np.square(w - near).sum(axis=1))
+    got = np.square(w - dequantise(quantise(w, bits, clip=True), np.float64)).sum(axis=1)
+    best = np.min(errors, axis=0)
+    assert (got >= best * (1 - 1e-5)).all() and got.sum() < 1.05 * best.sum()
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine"])
+def test_clipping_pays_on_gaussian_weights_at_few_bits(kind):
+    w, settings = normal(64, 256), {"block": "row", "kind": kind}
+    gain = [mse(w, bits=b, clip=True, **settings) / mse(w, bits=b, **settings) for b in (2, 3, 4)]
+    assert gain[0] < gain[1] < gain[2] < 0.9
+
+
+@formats
 @pytest.mark.parametrize("double", [False, True])
 def test_a_float32_model_and_its_float64_copy_have_the_same_codes(form, double):
     gram = correlated(33, 2)
@@ -520,6 +554,13 @@ def test_gptq_equals_its_definition_by_the_inverse_hessian():
         rest[:, j:] -= np.outer((rest[:, j] - wanted[:, j]) / upper[j, j], upper[j, j:])
     got = dequantise(gptq(w, gram, block="row"), np.float64)
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_clipping_helps_gptq_where_there_are_few_levels():
+    for seed in range(5):
+        w, gram = normal(24, 64, seed=seed), correlated(64, seed)
+        wide, clipped = (gptq(w, gram, 2, block="row", clip=clip) for clip in (False, True))
+        assert data_error(w, clipped, gram) < 0.8 * data_error(w, wide, gram)
 
 
 def test_gptq_takes_a_singular_gram():
