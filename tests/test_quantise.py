@@ -556,6 +556,21 @@ def test_gptq_equals_its_definition_by_the_inverse_hessian():
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
+def test_act_order_is_gptq_of_the_columns_from_the_loudest_to_the_faintest():
+    harm = []
+    for seed in range(8):
+        w, gram = normal(16, 32, seed=seed, dtype=np.float64), correlated(32, seed)
+        order = np.argsort(-np.diag(gram))
+        turned = gptq(w[:, order], gram[order][:, order], 3, block="row")
+        wanted = np.empty_like(w)
+        wanted[:, order] = dequantise(turned, np.float64)
+        got = gptq(w, gram, 3, block="row", act_order=True)
+        np.testing.assert_array_equal(dequantise(got, np.float64), wanted)
+        plain = gptq(w, gram, 3, block="row")
+        harm.append(data_error(w, got, gram) / data_error(w, plain, gram))
+    assert np.mean(harm) < 1
+
+
 def test_clipping_helps_gptq_where_there_are_few_levels():
     for seed in range(5):
         w, gram = normal(24, 64, seed=seed), correlated(64, seed)

@@ -291,7 +291,7 @@ def kmeans(w, bits=4, *, block=None, iterations=30):
 # ------------------------------------------------------------------ rounding by the data
 
 
-def gptq(w, gram, bits=4, *, block=64, damping=0.01, **settings):
+def gptq(w, gram, bits=4, *, block=64, damping=0.01, act_order=False, **settings):
     """Round a weight column by column, each column making up for the errors before it.
 
     By `make_up`: what rounding one column does wrong is spread over the columns still to come.
@@ -302,6 +302,8 @@ def gptq(w, gram, bits=4, *, block=64, damping=0.01, **settings):
         w: (d_out, d_in), float32 or float64.
         bits, block, settings: as for `quantise`; a whole `block` must divide d_in.
         gram, damping: as for `make_up`.
+        act_order: go over the features from the loudest, E[x_j²], to the faintest: those that
+            count most are rounded while most others can still make up for them.
 
     Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
@@ -311,10 +313,13 @@ def gptq(w, gram, bits=4, *, block=64, damping=0.01, **settings):
     grid, codes = level_set(q.bits, q.kind, q.levels), np.empty(w.shape, np.uint8)
     scale, zero = q.spread(q.scales()), q.spread(0 * q.scales() if q.zero is None else q.zero)
 
-    def settle(j, rest, u):
-        own = scale[:, j].astype(np.float64)  # (d_out,)
-        codes[:, j] = nearest((rest[j] - zero[:, j]) * (1 / np.maximum(own, TINY)), grid)
-        return grid[codes[:, j]] * own + zero[:, j]
+    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(d_in)
 
-    make_up(w, gram, settle, damping)
+    def settle(j, rest, u):
+        k = order[j]
+        own = scale[:, k].astype(np.float64)  # (d_out,)
+        codes[:, k] = nearest((rest[j] - zero[:, k]) * (1 / np.maximum(own, TINY)), grid)
+        return grid[codes[:, k]] * own + zero[:, k]
+
+    make_up(w[:, order], gram[np.ix_(order, order)], settle, damping)
     return q._replace(packed=pack(codes, bits))
