@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from itertools import product
+from math import frexp
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from minilora.compress import (
     quantise_model,
     unpack,
 )
-from minilora.compress.quantise import block_size, nearest
+from minilora.compress.quantise import block_size, nearest, small_floats
 
 IDS = np.random.default_rng(9).integers(7, size=(2, 5))
 NF4 = [  # as published with QLoRA
@@ -64,6 +65,8 @@ FORMATS = [
     {"bits": 1, "kind": "symmetric"},
     {"bits": 1, "kind": "affine"},
     {"bits": 4, "kind": "nf4"},
+    {"bits": 4, "kind": "mxfp4"},
+    {"bits": 4, "kind": "nvfp4"},
     {"bits": 2, "kind": "levels", "levels": [-1.0, 0.0, 0.5]},
 ]
 formats = pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f['bits']} {f['kind']}")
@@ -221,7 +224,9 @@ def test_the_bytes_are_those_of_the_formula(form, block, double, shape):
     size = {None: n, "row": shape[1]}.get(block, block)
     count = -(-n // size)
     wanted = -(-n * form["bits"] // 8)
-    wanted += count + 4 * -(-count // 256) + 4 if double else 4 * count
+    fp4 = form["kind"] in ("mxfp4", "nvfp4") and not double
+    wanted += count + 4 * -(-count // 256) + 4 if double else (1 if fp4 else 4) * count
+    wanted += 4 if fp4 and form["kind"] == "nvfp4" else 0
     wanted += 4 * count if form["kind"] == "affine" else 0
     wanted += 4 * 3 if form["kind"] == "levels" else 0
     assert q.nbytes == wanted == sum(array.nbytes for array in q.arrays().values())
@@ -334,6 +339,58 @@ def test_nf4_wins_on_gaussian_weights_and_loses_on_uniform_ones():
     assert mse(uniform, kind="nf4") > 1.05 * mse(uniform)
 
 
+FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # as published, OCP Microscaling Formats 1.0, section 5.3.3
+
+
+def test_small_floats_are_the_published_ones():
+    np.testing.assert_array_equal(small_floats(2, 1), FP4)
+    e4m3 = small_floats(4, 3)[:-1]
+    np.testing.assert_array_equal(e4m3[:10], np.arange(10) / 512)  # even steps up to 2⁻⁵
+    assert (e4m3[8], e4m3[56], e4m3[57], e4m3[-1]) == (2**-6, 1, 1.125, 448)
+    np.testing.assert_array_equal(small_floats(8, 0)[:-1], 2.0 ** np.arange(-127, 128))
+    e5m2 = small_floats(5, 2)
+    assert (e5m2[1], e5m2[4], e5m2[123]) == (2**-16, 2**-14, 57344)
+
+
+def nearest_fp4(x):
+    levels = np.unique([-np.array(FP4), FP4])
+    return levels[np.abs(x[..., None] - levels).argmin(axis=-1)]
+
+
+def test_mxfp4_is_that_of_the_standard():
+    w = normal(40, 64) * np.exp2(np.arange(-20, 20))[:, None].astype(np.float32)
+    w[3], w[4, :3] = 0, (4.0, 8.0, np.nextafter(np.float32(8), np.float32(0)))
+    q = quantise(w, kind="mxfp4", block=32)
+    assert q.bits_per_weight == 4.25
+    blocks = w.reshape(-1, 32).astype(np.float64)
+    exponents = [frexp(np.abs(block).max())[1] - 1 for block in blocks]  # of the largest
+    scale = np.exp2(np.array(exponents) - 2.0)[:, None]  # that of the largest level is 2
+    np.testing.assert_array_equal(q.scale, np.array(exponents) - 2 + 127)
+    wanted = nearest_fp4(blocks / scale) * scale
+    np.testing.assert_array_equal(dequantise(q, np.float64), wanted.reshape(w.shape))
+
+
+def test_nvfp4_has_float8_scales_over_one_for_the_tensor():
+    w = normal(40, 64) * np.exp2(np.arange(-8, 2, 0.25))[:, None].astype(np.float32)
+    q = quantise(w, kind="nvfp4", block=16)
+    assert q.bits_per_weight == 4.5 + 32 / w.size
+    blocks, e4m3 = w.reshape(-1, 16).astype(np.float64), small_floats(4, 3)[:-1]
+    most = np.abs(blocks).max(axis=1)
+    whole = most.max() / 6 / 448
+    np.testing.assert_allclose(q.mean, whole, rtol=1e-6)
+    scale = e4m3[np.abs(most[:, None] / 6 / whole - e4m3).argmin(axis=1)]
+    np.testing.assert_allclose(q.scales(), scale * whole, rtol=1e-6)
+    scale = q.scales()[:, None].astype(np.float64)
+    wanted = nearest_fp4(blocks / np.where(scale, scale, 1)) * scale
+    np.testing.assert_allclose(dequantise(q, np.float64), wanted.reshape(w.shape), rtol=1e-12)
+
+
+def test_at_equal_bits_nvfp4_is_near_nf4_and_mxfp4_is_behind():
+    w = normal(256, 256)
+    errors = [mse(w, kind=k, block=b) for k, b in (("nf4", 64), ("nvfp4", 16), ("mxfp4", 32))]
+    assert errors[0] < errors[1] < 1.1 * errors[0] < 1.4 * errors[0] < errors[2]
+
+
 def test_an_outlier_ruins_the_tensor_but_not_the_blocks():
     w = normal(64, 64)
     hit = w.copy()
@@ -378,7 +435,7 @@ def test_very_small_and_very_large_weights_stay_finite(form):
         assert (np.abs(back) <= 2 * max(size, 1e-37)).all()
 
 
-@formats
+@pytest.mark.parametrize("form", [f for f in FORMATS if f["kind"] != "nvfp4"], ids=str)
 @pytest.mark.parametrize("block", [None, "row", 7])
 def test_a_clipped_block_never_errs_more_and_takes_no_more_bytes(form, block):
     w = normal(6, 30) ** 3  # heavy tails
@@ -454,7 +511,8 @@ def hard(case, shape):
 def test_hard_weights_and_grams_come_back_finite_and_no_larger(case, form):
     for shape, dtype in product([(1, 1), (1, 12), (12, 1), (5, 12)], [np.float32, np.float64]):
         w, d = hard(case, shape).astype(dtype), shape[1]
-        top = 1.01 * np.abs(w).max() + 2e-38
+        room = 1.2 if form["kind"] in ("mxfp4", "nvfp4") else 1.01  # 5.1 becomes 6
+        top = room * np.abs(w).max() + 2e-38
         for block in (None, "row", 4):
             found = [quantise(w, block=block, double=double, **form) for double in (False, True)]
             for q in [*found, kmeans(w, 2, block=block)]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .factor import make_up
 
-KINDS = ("symmetric", "affine", "nf4", "levels")
+KINDS = ("symmetric", "affine", "nf4", "levels", "mxfp4", "nvfp4")
 TINY = float(np.finfo(np.float32).tiny)  # the smallest step: a block of zeros needs no care
 LIMIT = float(np.finfo(np.float32).max) / 4  # above any weight: no scale or zero overflows
 
@@ -23,24 +23,25 @@ class Quantised(NamedTuple):
     """Packed codes and what restores them. `quantise` makes one and `dequantise` reads it."""
 
     packed: np.ndarray  # uint8, ceil(n · bits / 8)
-    scale: Any  # float32, one a block; with double quantisation a Quantised of (scale − mean)
+    # float32, one a block; with double quantisation a Quantised of (scale − mean); for FP4 uint8
+    scale: Any
     shape: tuple  # of the weights
     bits: int
     block: Any  # None, "row" or how many weights
     kind: str  # one of KINDS
     zero: Any = None  # affine: float32, what code 0 stands for in each block
     levels: Any = None  # a codebook: float32, increasing
-    mean: Any = None  # double quantisation: float32 (1,), the mean scale
+    mean: Any = None  # float32 (1,); double quantisation: the mean scale; NVFP4: that of all
 
     def settings(self):
         """The settings of `quantise` that gave this, but for a codebook's levels."""
-        double = self.mean is not None
+        double = isinstance(self.scale, Quantised)
         return {"bits": self.bits, "block": self.block, "kind": self.kind, "double": double}
 
     def arrays(self):
         """All arrays by name, for a file: codes, scale (with double, scale.codes …), zero …"""
         scale = {"scale": self.scale}
-        if self.mean is not None:
+        if isinstance(self.scale, Quantised):
             scale = {f"scale.{name}": a for name, a in self.scale.arrays().items()}
         found = {"codes": self.packed, "zero": self.zero, "levels": self.levels, "mean": self.mean}
         return {name: a for name, a in (found | scale).items() if a is not None}
@@ -57,9 +58,12 @@ class Quantised(NamedTuple):
 
     def scales(self):
         """One scale for each block, float32 (blocks,): for uniform kinds, the step."""
-        if self.mean is None:
-            return self.scale
-        return np.maximum(dequantise(self.scale) + self.mean, 0)
+        if isinstance(self.scale, Quantised):
+            return np.maximum(dequantise(self.scale) + self.mean, 0)
+        if self.scale.dtype == np.uint8:  # FP8: no mantissa, or three bits of it
+            scale = (E8M0 if self.mean is None else E4M3).take(self.scale, mode="clip")
+            return scale if self.mean is None else scale * self.mean
+        return self.scale
 
     def spread(self, each):
         """A number for each block, (blocks,), as one for each weight, in the weights' shape."""
@@ -126,6 +130,23 @@ def nf4_levels():
     return levels
 
 
+def small_floats(exponent, mantissa):
+    """The floats without a sign of so many bits, in the order of their codes, float64.
+
+    With a mantissa the lowest exponent is that of the numbers below normal, zero among them.
+
+    Source: Micikevicius et al. 2022, arXiv 2209.05433; Rouhani et al. 2023, arXiv 2310.10537.
+    """
+    e, m = np.divmod(np.arange(1 << exponent + mantissa), 1 << mantissa)
+    low = (e == 0) & (mantissa > 0)
+    power = np.where(low, 1, e) - float((1 << exponent - 1) - 1)
+    return (m / (1 << mantissa) + ~low) * 2**power
+
+
+# Two kinds of FP8, for scales; the last code of each is not a number.
+E8M0, E4M3 = (small_floats(*bits)[:-1].astype(np.float32) for bits in ((8, 0), (4, 3)))
+
+
 def kmeans_levels(w, k, iterations=30):
     """The `k` levels that lie nearest the weights: Lloyd's algorithm in one dimension.
 
@@ -159,6 +180,9 @@ def level_set(bits, kind, levels=None):
         return np.arange(-top, top + 1.0) if top else np.array([-1.0, 1.0])
     if kind == "affine":
         return np.arange(float(1 << bits))
+    if kind in ("mxfp4", "nvfp4"):
+        positive = small_floats(2, 1)
+        return np.concatenate([-positive[:0:-1], positive])  # 0, .5, 1, 1.5, 2, 3, 4, 6
     return nf4_levels() if kind == "nf4" else levels.astype(np.float64)
 
 
@@ -194,7 +218,10 @@ def _scales(w, starts, bits, kind, top):
     if kind == "symmetric" and bits == 1:
         scale = np.add.reduceat(np.abs(w), starts) / np.diff(starts, append=w.size)
         return scale.astype(np.float32), None  # no grid: zeros must stay zeros
-    scale = np.maximum.reduceat(np.abs(w), starts) / top
+    most = np.maximum.reduceat(np.abs(w), starts)
+    scale = most / top
+    if kind == "mxfp4":  # the power of two of which `most` is from 4 to 8, though 6 is the top
+        scale = np.ldexp(1.0, np.frexp(most)[1] - 3)
     return np.maximum(scale, TINY).astype(np.float32), None
 
 
@@ -208,7 +235,7 @@ def _coded(q, w, grid):
 def _clipped(q, w, grid, starts):
     """The same, each block's range cut, around its middle, to the share that errs least."""
     best, least = q, np.inf
-    for share in np.linspace(1, 0.3, 15):
+    for share in (1, 2, 0.5) if q.kind == "mxfp4" else np.linspace(1, 0.3, 15):
         cut = None if q.zero is None else q.zero + q.scale * np.float32((1 - share) / 2 * grid[-1])
         tried = _coded(q._replace(scale=q.scale * np.float32(share), zero=cut), w, grid)
         errors = np.square(dequantise(tried, np.float64) - w).reshape(-1)
@@ -232,6 +259,9 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
             has a smaller error than the three levels that 2 bits leave.
             `"affine"`: w ≈ zero + scale · q, q from 0 to 2^bits − 1, zero = min w.
             `"nf4"`: w ≈ max|w| · level, of the 16 levels of `nf4_levels`.
+            `"mxfp4"`, `"nvfp4"`: w ≈ scale · level, of 0, ±.5, ±1, ±1.5, ±2, ±3, ±4 and ±6; a
+            scale is 8 bits: a power of two, its blocks 32 in the standard, or a float with 3
+            bits of mantissa over one for all, its blocks 16.
             `"levels"`: w ≈ max|w| · level, of those in `levels`.
         double: quantise the scales too, to 8 bits in groups of 256, around their mean: .127 bits
             a weight for blocks of 64, not .5. A scale far below its group's largest may
@@ -243,8 +273,8 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
     Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; for 1 bit, Rastegari et al. 2016,
     arXiv 1603.05279, section 3.1.
     """
-    if bits not in range(1, 9) or kind not in KINDS or (kind == "nf4" and bits != 4):
-        raise ValueError(f"bits is {bits!r}, kind {kind!r}; expected 1 to 8 (4 for nf4), {KINDS}")
+    if bits not in range(1, 9) or kind not in KINDS or (kind[-1] == "4" and bits != 4):
+        raise ValueError(f"bits is {bits!r}, kind {kind!r}; expected 1 to 8 (4 for …4), {KINDS}")
     bits, levels = int(bits), None if levels is None else np.asarray(levels, np.float32)
     fits = levels is None or (0 < levels.size <= 1 << bits and (np.diff(levels) > 0).all())
     if not fits or (levels is None) == (kind == "levels"):
@@ -260,6 +290,11 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
     if double:
         mean = np.array([q.scale.mean(dtype=np.float64)], np.float32)
         q = q._replace(scale=quantise(q.scale - mean, 8, block=256), mean=mean)
+    elif kind == "mxfp4":
+        q = q._replace(scale=(np.frexp(q.scale)[1] + 126).astype(np.uint8))  # 2^k -> k + 127
+    elif kind == "nvfp4":
+        mean = np.maximum(q.scale.max(keepdims=True) / E4M3[-1], np.float32(TINY))
+        q = q._replace(scale=nearest(q.scale / mean, E4M3), mean=mean)
     return _coded(q, w, grid)
 
 

@@ -9,7 +9,7 @@ from ..peft.lora import LoRA, lora
 from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 from ..tensor import Tensor, no_grad, record
 from .factor import truncated_svd
-from .quantise import dequantise, gptq, quantise
+from .quantise import Quantised, dequantise, gptq, quantise
 
 
 class QuantLinear(Linear):
@@ -112,7 +112,7 @@ class QuantLinear(Linear):
             raise ValueError(f"arrays are {found}; expected {wanted}, all finite")
         q = like.quantised
         scale = arrays.get("scale")
-        if q.mean is not None:
+        if isinstance(q.scale, Quantised):
             scale = q.scale._replace(packed=arrays["scale.codes"], scale=arrays["scale.scale"])
         parts = {name: arrays.get(name) for name in ("zero", "mean")}
         return cls.of(
