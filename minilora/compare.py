@@ -193,7 +193,7 @@ def scores(rows, task, method, budget, name="exact", steps=STEPS):
 
 def load(path):
     """The finished runs in a file, or none if there is no file."""
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    return json.loads(path.read_text("utf-8"))["runs"] if path.exists() else []
 
 
 def save(path, rows):
@@ -208,7 +208,7 @@ def save(path, rows):
         json.dumps(row) for row in sorted(rows, key=lambda r: list(map(str, key(r))))
     )
     spare = path.with_suffix(".tmp")
-    spare.write_text(json.dumps(story)[:-1] + ', "runs": [\n' + lines + "\n]}\n")
+    spare.write_text(json.dumps(story)[:-1] + ', "runs": [\n' + lines + "\n]}\n", "utf-8")
     os.replace(spare, path)
 
 

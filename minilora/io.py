@@ -165,7 +165,10 @@ def load_adapter(model, path):
         found = metadata.get("frozen", "")
         if found != _fingerprint(model, arrays):
             names = _frozen(model, arrays)
-            odd = [n for n, a, b in zip(names, found, _fingerprint(model, arrays)) if a != b]
+            here = _fingerprint(model, arrays)[: len(names)]
+            odd = [
+                n for n, a, b in zip(names, here, found.ljust(len(names)), strict=False) if a != b
+            ]
             raise ValueError(
                 f"made for another model: {(odd or ['the set of frozen weights'])[0]} differs; "
                 "load it on the base that it was trained on"

@@ -67,7 +67,7 @@ def main(argv=None):
         "loss": [float(f"{x:.7g}") for x in history.loss],  # nats per token, by step
         "exact_match": history.scores,  # (step, {skill: share of answers right})
     }
-    (out / "history.json").write_text(json.dumps(story) + "\n")
+    (out / "history.json").write_text(json.dumps(story) + "\n", "utf-8")
     io.write_sums(out)
 
     for task, ids in sets.items():

@@ -142,6 +142,10 @@ class Transformer(Module):
         rng,
         dtype=np.float32,
     ):
+        sizes = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": n_embd}
+        sizes |= {"n_head": np.min(n_head), "n_layer": n_layer, "d_ff": np.min(d_ff or 1)}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"the sizes are {sizes}; expected 1 or more of each")
         heads, inner = (
             n if isinstance(n, (list, tuple)) else [n] * n_layer for n in (n_head, d_ff)
         )
@@ -209,8 +213,8 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
     """
     ids = new = np.asarray(ids)
     longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf
-    if ids.shape[1] + n > longest:
-        raise ValueError(f"n is {n} after {ids.shape[1]} tokens; expected {longest} in all at most")
+    if ids.shape[1] + n - 1 > longest:  # the last token is never read
+        raise ValueError(f"n is {n} after {ids.shape[1]} tokens; the model reads {longest}")
     with model.mode(training=False), no_grad(), cached():
         for _ in range(n):
             z = model(new).data[:, -1]  # (B, T, V) -> (B, V)

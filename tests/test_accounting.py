@@ -67,7 +67,7 @@ def test_published_models_are_counted_to_the_last_parameter(config, parameters):
 
 def test_a_config_is_read_from_a_file(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(GPT2))
+    path.write_text(json.dumps(GPT2), "utf-8")
     assert acc.shape_of(path) == acc.GPT2
 
 

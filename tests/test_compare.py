@@ -123,12 +123,12 @@ def compare_history():
 
 def test_all_runs_are_made_once_and_the_file_says_what_made_them(brief, tmp_path, capsys):
     path = tmp_path / "runs.json"
-    (tmp_path / "SHA256SUMS").write_text("of an older file")
+    (tmp_path / "SHA256SUMS").write_text("of an older file", "utf-8")
     argv = ["--out", str(path), "--tasks", TASK, "--jobs", "1"]
     assert compare.main(argv) == 0
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (tmp_path / "SHA256SUMS").read_text() == f"{digest}  runs.json\n"
-    story = json.loads(path.read_text())
+    assert (tmp_path / "SHA256SUMS").read_text("utf-8") == f"{digest}  runs.json\n"
+    story = json.loads(path.read_text("utf-8"))
     points = 3 + 1  # three budgets of LoRA+, and BitFit's own
     assert len(story["runs"]) == points * (2 + len(SEEDS))
     assert story["command"] == "python -m minilora.compare" and story["version"]
@@ -175,7 +175,7 @@ def test_the_stored_comparison_is_whole():
     counted = {tuple(args) for args in compare.measured(best) + compare.longer(best)}
     assert {compare.key(row) for row in rows if row["seed"] != TUNING_SEED} == counted
     assert {row["method"] for row in rows if row["steps"] == compare.LONG} == set(METHODS)
-    story = json.loads((io.DATA / "compare.json").read_text())
+    story = json.loads((io.DATA / "compare.json").read_text("utf-8"))
     assert (story["steps"], story["batch_size"]) == (compare.STEPS, compare.BATCH)
     for row in rows:
         assert row["size"] == dict(compare.points(row["method"]))[row["budget"]]

@@ -274,7 +274,7 @@ def test_a_folder_in_place_of_a_picture_is_refused_before_the_training(tmp_path,
 
 def test_python_m_minilora(tmp_path):
     command = [sys.executable, "-m", "minilora", "--steps", "2", "--out", str(tmp_path / "p.png")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert list(rows(done.stdout)) == list(program.METHODS)
     assert (tmp_path / "p.png").stat().st_size > 5000

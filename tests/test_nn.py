@@ -185,7 +185,7 @@ def test_layer_norm_scales_and_shifts():
 def test_mlp_is_up_gelu_down():
     mlp = MLP(3, rng=rng(), dtype=np.float64)
     assert (mlp.up.weight.shape, mlp.down.weight.shape) == ((12, 3), (3, 12))
-    assert MLP(3, rng=rng(), expansion=2).up.d_out == 6
+    assert MLP(3, rng=rng(), d_ff=6).up.d_out == 6
     mlp.up.bias.data[:], mlp.down.bias.data[:] = 0.3, -0.2
     x = rng(1).standard_normal((2, 3))
     u = x @ mlp.up.weight.data.T + 0.3

@@ -19,12 +19,12 @@ from minilora import (
 from minilora.io import DATA
 
 MADE = ["base.safetensors", "eval.safetensors", "history.json"]
-HISTORY = json.loads((DATA / "history.json").read_text())
+HISTORY = json.loads((DATA / "history.json").read_text("utf-8"))
 
 
 def sums(folder):
     """The checksums that a folder claims, by file."""
-    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
@@ -103,7 +103,7 @@ def test_the_command_writes_everything(short, tmp_path, capsys):
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert (out / "eval.safetensors").read_bytes() == (DATA / "eval.safetensors").read_bytes()
 
-    story = json.loads((out / "history.json").read_text())
+    story = json.loads((out / "history.json").read_text("utf-8"))
     assert story["recipe"]["steps"] == 3 and len(story["loss"]) == 3
     assert [step for step, _ in story["exact_match"]] == [0, 3]
     model = load_model(out / "base.safetensors")

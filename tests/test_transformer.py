@@ -136,14 +136,16 @@ def test_generate_leaves_the_prompt_and_records_nothing():
     model = small()
     prompt = IDS[:, :3].copy()
     seen = []
-    generate(lambda ids: seen.append(model(ids)) or seen[-1], prompt.tolist(), 2)
+    head = model.head.forward
+    model.head.forward = lambda x: seen.append(head(x)) or seen[-1]
+    generate(model, prompt.tolist(), 2)
     assert [out.node for out in seen] == [None, None]
     np.testing.assert_array_equal(generate(model, prompt, 0), prompt)
 
 
 def test_generate_past_the_last_position_is_an_error():
-    with pytest.raises(ValueError, match=r"\(4, 8\); expected \(B, T\) with T from 1 to 7"):
-        generate(small(), IDS, 2)
+    with pytest.raises(ValueError, match="reads 7"):
+        generate(small(), IDS, 4)
 
 
 def test_the_start_is_seeded_and_tells_all_tokens_alike():
@@ -193,7 +195,7 @@ def test_a_block_of_zero_projections_is_the_identity():
 
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"])
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match=f"{name}.*1 or more"):
         small(**{name: 0})
 
 
@@ -204,7 +206,7 @@ def test_heads_must_divide_the_width():
 
 @pytest.mark.parametrize("shape", [(3,), (2, 8), (2, 0), (1, 2, 3)])
 def test_ids_of_a_wrong_shape_are_refused(shape):
-    with pytest.raises(ValueError, match="ids have shape .*T from 1 to 7") as error:
+    with pytest.raises(ValueError, match="ids have shape") as error:
         small()(np.zeros(shape, int))
     assert str(shape) in str(error.value)
 

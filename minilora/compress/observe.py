@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..nn import Linear
+from ..nn import Linear, Module
 from ..surgery import find, plain
 from ..tensor import no_grad
 
@@ -45,7 +45,7 @@ def observe(model, inputs, targets="blocks.*"):
     Returns:
         Layer names to arrays (d_in, d_in), float64.
     """
-    plain(model, ())  # no wrapper: with one, names and inputs would be those of its base
+    plain(model, "*", Module, ties=True)  # with a wrapper, names would be those of its base
     totals, rows = {}, {}
 
     def see(name, x, y):

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from .. import ops
-from ..nn import Linear
+from ..nn import Linear, Module
 from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
 from .factor import make_up
 from .observe import watch
@@ -171,7 +171,7 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, com
         raise ValueError(f"scope is {scope!r}; expected 'layer' or a number, 'row', 'global'")
     on = wrappers(model)
     if not all(isinstance(wrapper, Masked) for wrapper in on.values()):
-        plain(model, ())  # refuses an adapter
+        plain(model, "*", Module, ties=True)  # refuses an adapter
     with detached(model):
         layers = plain(model, targets)
     kept = {name: on[name].mask if name in on else True for name in layers}
@@ -354,7 +354,7 @@ def drop_blocks(model, which):
 
     Source: Men et al. 2024, arXiv 2403.03853, section 3.
     """
-    plain(model, ())  # no wrapper
+    plain(model, "*", Module, ties=True)  # no wrapper
     which, n = set(np.atleast_1d(which).tolist()), len(model.blocks)
     if not which < set(range(n)):
         raise ValueError(f"which is {which}; expected some, not all, of 0 to {n - 1}")
