@@ -158,6 +158,8 @@ def load_adapter(model, path):
                 raise ValueError(f"made for another model: this one has no layer {name}")
             kind = peft.WRAPPERS[form["kind"]]
             settings = {key: form[key] for key in form if key != "kind"}
+            if isinstance(modules[name], Embedding) != (form["kind"] in peft.TABLES):
+                raise ValueError(f"{name} is {modules[name]!r}, which no {form['kind']} wraps")
             # What draws its start is not shown the file: its sizes are checked against the base.
             rng = None if kind in peft.BLANK else np.random.default_rng(0)
             fresh[name] = kind(modules[name], rng=rng, **settings)

@@ -588,7 +588,6 @@ def adapted(model):
 rank, three = {"r": 2}, {"ranks": (2, 2, 2)}
 BAD_MODELS = [
     (None, {"r": 9}, ValueError, "from 1 to 8"),
-    (None, {"r": True}, ValueError, "True"),
     (None, {"r": "4"}, ValueError, "'4'"),
     (None, {"r": 2.0}, ValueError, "energy"),
     (None, {"r": {"blocks.*": 2, "head": 8}}, ValueError, "from 1 to 7"),

@@ -597,32 +597,32 @@ def change_json(key, change):
 BROKEN = {
     "an inner size above the model's": (
         pruned,
-        change_json("smaller", lambda v: v["0"].update(inner=10**9)),
+        change_json("config", lambda v: v.update(d_ff=10**9)),
         "inner is 1000000000; expected 1 to 32",
     ),
     "a size that is no number": (
         pruned,
-        change_json("smaller", lambda v: v["1"].update(width="4")),
+        change_json("config", lambda v: v.update(d_ff="4")),
         "width is '4'; expected 1 to 8",
     ),
     "heads that do not divide": (
         pruned,
-        change_json("smaller", lambda v: v["0"].update(width=7)),
+        change_json("config", lambda v: v.update(n_head=[1])),
         "n_head is 2; expected a divisor of 7",
     ),
     "a size that does not fit the arrays": (
         pruned,
-        change_json("smaller", lambda v: v["0"].update(inner=5)),
+        change_json("config", lambda v: v.update(d_ff=5)),
         r"has shape \(16, 8\); this model expects \(5, 8\)|down.weight has shape",
     ),
     "a size missing": (
         pruned,
-        change_json("smaller", lambda v: v["0"].pop("inner")),
+        change_json("config", lambda v: v.pop("d_ff")),
         "compressed layers cannot be made: 'inner'",
     ),
     "a block that is not there": (
         pruned,
-        change_json("smaller", lambda v: v.update({"7": v["0"]})),
+        change_json("config", lambda v: v.update(n_layer=3)),
         "compressed layers cannot be made",
     ),
     "a layer that is not there": (
