@@ -4,6 +4,7 @@ With `--methods compression` it makes the base small instead, and counts what is
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -274,6 +275,14 @@ def main(argv=None):
         parser.error(f"argument --out: {str(args.out)!r} is a folder; expected a file's name")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"argument --out: there is no folder {str(args.out.parent)!r}")
+    try:  # before anything is trained
+        new = not args.out.exists()
+        args.out.open("ab").close()
+        if new:
+            args.out.unlink()
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    os.environ["MPLBACKEND"] = "Agg"  # the picture goes to a file, whatever the screen
 
     if "compression" in args.methods:
         if len(args.methods) > 1:

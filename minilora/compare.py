@@ -237,6 +237,10 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: {args.jobs}; expected 1 or more")
+    if sys.platform == "win32":
+        args.jobs = min(args.jobs, 61)  # a pool takes no more there
     names, methods = args.tasks or list(tasks.NEW_SKILLS), args.methods or list(METHODS)
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one thread a run; the runs share the cores
