@@ -46,6 +46,11 @@ class Adapter(Wrapper):
         self.adapter_down = Linear(d, r, rng=rng, dtype=dtype)
         self.adapter_up = Linear(r, d, rng=rng, std=std, dtype=dtype)
 
+    def config(self):
+        found = super().config()  # the usual kind says no more than it must
+        plain = not self.parallel and self.scale == 1
+        return {k: found[k] for k in ("kind", "r", "start")} if plain else found
+
     def forward(self, x):
         h = self.base(x)  # (…, d)
         inner = ops.gelu(self.adapter_down(x if self.parallel else h))  # (…, d) -> (…, r)
