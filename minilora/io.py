@@ -200,7 +200,7 @@ def _fingerprint(model, kept):
         for name, a in _frozen(model, kept).items()
     ]
     every = hashlib.sha256("".join(sums).encode()).hexdigest()
-    return "".join(s[0] for s in sums) + every[: max(16, 64 - len(sums))]
+    return "".join(s[0] for s in sums) + every[: max(0, 64 - len(sums))]
 
 
 def load_base(dtype=np.float64, n_positions=None):
