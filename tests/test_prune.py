@@ -433,6 +433,13 @@ def test_sparse_gpt_is_the_brain_surgeon_in_a_fixed_order(scope, sparsity, dtype
         np.testing.assert_allclose(got, wanted, atol=1e-6 if dtype == np.float32 else 1e-11)
 
 
+def test_groups_that_do_not_divide_the_chunks_of_128_columns_see_every_error():
+    w, gram = rng().standard_normal((3, 135)), correlated(135)
+    np.testing.assert_allclose(
+        sparse_gpt(w, gram, 0.4, scope=5)[0], by_the_book(w, gram, 0.4, 5, True), atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("width, scope", [(64, "layer"), (4, 4)])
 def test_making_up_harms_the_outputs_less_than_wanda_and_not_less_than_can_be(width, scope):
     for seed in range(5):
