@@ -36,7 +36,7 @@ from minilora.compress import (
     weighted_svd,
 )
 
-law = settings(max_examples=40)
+law = settings(max_examples=30)
 both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 floats = st.sampled_from([np.float32, np.float64])
 seeds = st.integers(0, 2**32 - 1)

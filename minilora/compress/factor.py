@@ -41,7 +41,7 @@ def root_of(gram, damping=1e-6):
     return np.linalg.cholesky(gram / mean + damping * np.eye(len(gram)))
 
 
-def make_up(w, gram, settle, damping=0.01):
+def make_up(w, gram, settle, damping=0.01, chunk=128):
     """Settle a weight column by column; those still to come make up for each error.
 
     Of all changes to later columns, the one made here keeps the error on the data, tr(E C Eᵀ),
@@ -53,6 +53,7 @@ def make_up(w, gram, settle, damping=0.01):
         settle: `settle(j, rest, u)` says what column j shall be, (d_out,), from all columns as
             they now stand, (d_in, d_out), and U.
         damping: λ over the mean of C's diagonal.
+        chunk: columns settled before those after them hear of it; `settle` may look so far.
 
     Returns:
         The settled weight, (d_out, d_in), float64.
@@ -64,8 +65,8 @@ def make_up(w, gram, settle, damping=0.01):
     u = np.linalg.inv(root_of(gram[::-1, ::-1], damping)[::-1, ::-1])
     rest = w.T.astype(np.float64, order="C")  # (d_in, d_out), so that a column lies together
     errors = np.empty(rest.shape)
-    for start in range(0, len(rest), 128):  # columns far off wait, for one matrix product
-        stop = min(start + 128, len(rest))
+    for start in range(0, len(rest), chunk):  # columns far off wait, for one matrix product
+        stop = min(start + chunk, len(rest))
         for j in range(start, stop):
             fixed = settle(j, rest, u)  # (d_out,)
             errors[j], rest[j] = (rest[j] - fixed) / u[j, j], fixed

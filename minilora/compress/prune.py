@@ -105,7 +105,8 @@ def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
             mask[:, at] &= ~_drop(np.where(mask[:, at], cost, -1), sparsity, scope)
         return rest[j] * mask[:, j]
 
-    return make_up(w * mask, gram, settle, damping).astype(w.dtype), mask
+    chunk = width * max(1, 128 // width)
+    return make_up(w * mask, gram, settle, damping, chunk).astype(w.dtype), mask
 
 
 # ------------------------------------------------------------------ connections
