@@ -18,13 +18,13 @@ from minilora import (
 )
 from minilora.io import DATA
 
-MADE = ["base.safetensors", "eval.safetensors", "history.json"]
-HISTORY = json.loads((DATA / "history.json").read_text())
+MADE = pretrain.FILES[:-1]  # all but the checksums
+HISTORY = json.loads((DATA / "history.json").read_text(encoding="utf-8"))
 
 
 def sums(folder):
     """The checksums that a folder claims, by file."""
-    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
@@ -103,7 +103,7 @@ def test_the_command_writes_everything(short, tmp_path, capsys):
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert (out / "eval.safetensors").read_bytes() == (DATA / "eval.safetensors").read_bytes()
 
-    story = json.loads((out / "history.json").read_text())
+    story = json.loads((out / "history.json").read_text(encoding="utf-8"))
     assert story["recipe"]["steps"] == 3 and len(story["loss"]) == 3
     assert [step for step, _ in story["exact_match"]] == [0, 3]
     model = load_model(out / "base.safetensors")
@@ -122,3 +122,20 @@ def test_after_ctrl_c_nothing_is_written(short, tmp_path, monkeypatch, capsys):
     assert pretrain.main(["--out", str(tmp_path)]) == 130
     assert "interrupted: nothing was written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["--steps", "file", "file/data", "taken"])
+def test_what_cannot_be_written_is_refused_before_the_training(
+    wrong, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_bytes(b"kept")
+    (tmp_path / "taken" / "history.json").mkdir(parents=True)
+    monkeypatch.setattr(pretrain, "fresh", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(["--out", wrong] if wrong[0] != "-" else [wrong])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and len(err.splitlines()) == 1
+    assert wrong in err
+    assert (tmp_path / "file").read_bytes() == b"kept"
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["history.json"]
