@@ -44,6 +44,6 @@ from .peft import (
     prompt,
     token_rows,
 )
-from .train import History, Score, evaluate, fit, task_batches
 from .io import load_adapter, load_base, load_eval, load_model, save_adapter, save_model
+from .train import History, Score, evaluate, fit, task_batches
 from .lecture import Prediction, check, number, show

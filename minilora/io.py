@@ -158,6 +158,8 @@ def load_adapter(model, path):
                 raise ValueError(f"made for another model: this one has no layer {name}")
             kind = peft.WRAPPERS[form["kind"]]
             settings = {key: form[key] for key in form if key != "kind"}
+            if isinstance(modules[name], Embedding) != (form["kind"] in peft.TABLES):
+                raise ValueError(f"{name} is {modules[name]!r}, which no {form['kind']} wraps")
             # What draws its start is not shown the file: its sizes are checked against the base.
             rng = None if kind in peft.BLANK else np.random.default_rng(0)
             fresh[name] = kind(modules[name], rng=rng, **settings)
@@ -165,7 +167,10 @@ def load_adapter(model, path):
         found = metadata.get("frozen", "")
         if found != _fingerprint(model, arrays):
             names = _frozen(model, arrays)
-            odd = [n for n, a, b in zip(names, found, _fingerprint(model, arrays)) if a != b]
+            here = _fingerprint(model, arrays)[: len(names)]
+            odd = [
+                n for n, a, b in zip(names, here, found.ljust(len(names)), strict=False) if a != b
+            ]
             raise ValueError(
                 f"made for another model: {(odd or ['the set of frozen weights'])[0]} differs; "
                 "load it on the base that it was trained on"

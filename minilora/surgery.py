@@ -37,12 +37,9 @@ class Wrapper(Module):
 
     def merged(self):
         """A new plain layer that computes the same, frozen where the base is."""
-        weight = self.dense()
-        if not np.isfinite(weight).all():
-            raise ValueError("the merged weight would hold a nan or an infinity; training diverged")
-        table = isinstance(self.base, Embedding)
-        layer = Embedding.of(weight) if table else Linear.of(weight, self.merged_bias())
-        return like(self.base, layer)
+        if isinstance(self.base, Embedding):
+            return like(self.base, Embedding.of(self.dense()))
+        return like(self.base, Linear.of(self.dense(), self.merged_bias()))
 
     d_in = property(lambda self: self.base.d_in, doc="Features that come in.")
     d_out = property(lambda self: self.base.d_out, doc="Features that go out.")
@@ -66,10 +63,8 @@ def _matching(names, patterns, what):
     for pattern in as_patterns(patterns) or ("",):  # no pattern at all hits nothing either
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
-            near = get_close_matches(pattern, names, n=4, cutoff=0) or names[:4]
-            raise LookupError(
-                f"pattern {pattern!r} matches no {what}; near names: {', '.join(near)}"
-            )
+            near = ", ".join(get_close_matches(pattern, names, n=4, cutoff=0) or names[:4])
+            raise LookupError(f"pattern {pattern!r} matches no {what}; near names: {near}")
         hits |= found
     return [name for name in names if name in hits]
 
@@ -218,18 +213,19 @@ def merge(model, requantise=None):
             raise TypeError(f"merge: {name} ({type(wrapper).__name__}) cannot be merged: {why}")
     quantised = [name for name, wrapper in found.items() if hasattr(wrapper.base, "requantised")]
     if (requantise is None) == bool(quantised):
-        what = "no layer here is quantised"
+        what = f"requantise is {requantise}, but no layer here is quantised"
         if quantised:
-            what = f"the base of {quantised[0]} is quantised; say True or False"
-        raise ValueError(f"merge: requantise is {requantise}, but {what}")
+            what = f"{quantised[0]}: the base is quantised; say requantise=True or False"
+        raise ValueError(f"merge: {what}")
     fresh = {}
     for name, wrapper in found.items():
-        try:
-            fresh[name] = wrapper.merged()
-        except ValueError as error:
-            raise ValueError(f"merge: {name}: {error}") from error
+        layer = fresh[name] = wrapper.merged()
+        if not all(np.isfinite(p.data).all() for p in layer.parameters()):
+            raise ValueError(
+                f"merge: {name}: it would hold a nan or an infinity; training diverged"
+            )
         if requantise and name in quantised:
-            fresh[name] = wrapper.base.requantised(fresh[name])
+            fresh[name] = wrapper.base.requantised(layer)
     return put_all(model, fresh)
 
 

@@ -93,6 +93,20 @@ class Tensor:
     def __len__(self):
         return len(self.data)
 
+    def __bool__(self):
+        return bool(self.data)
+
+    def __float__(self):
+        return self.item()
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if spec else repr(self)
+
+    def __eq__(self, other):
+        return self.data == (other.data if isinstance(other, Tensor) else other)
+
+    __hash__ = object.__hash__  # a key stands for itself, whatever its numbers
+
     def item(self):
         """The one number in this tensor, as a Python float."""
         return self.data.item()

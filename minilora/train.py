@@ -79,7 +79,7 @@ def fit(
         keeps what it has learnt.
 
     Raises:
-        ValueError: if `steps` or `lr` is not above zero, or the optimiser holds none of what trains.
+        ValueError: if `steps` or `lr` is not above 0, or the optimiser holds nothing that trains.
         FloatingPointError: if the loss or a gradient is not finite; the model is as the last good
             step left it.
     """
@@ -115,7 +115,7 @@ def fit(
                     size = sum(np.vdot(p.grad, p.grad) for p in trained if p.grad is not None)
                 if not np.isfinite(loss.data + size):
                     raise FloatingPointError(
-                        f"the loss is {loss.item()} and its gradient squared {size} at step {step} "
+                        f"the loss is {loss.item()}, its gradient squared {size:g} at step {step} "
                         f"of {steps}; a lower learning rate than {lr:g} may help"
                     )
                 optimizer.step(lr * schedule(step, steps))

@@ -142,6 +142,10 @@ class Transformer(Module):
         rng,
         dtype=np.float32,
     ):
+        sizes = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": n_embd}
+        sizes |= {"n_head": np.min(n_head), "n_layer": n_layer, "d_ff": np.min(d_ff or 1)}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"the sizes are {sizes}; expected 1 or more of each")
         heads, inner = (
             n if isinstance(n, (list, tuple)) else [n] * n_layer for n in (n_head, d_ff)
         )
@@ -161,7 +165,9 @@ class Transformer(Module):
     def config(self):
         """What builds a model of these shapes, read off its layers, so that surgery counts too."""
         (vocab_size, d), n_positions = self.tokens.dense().shape, len(self.positions.dense())
-        attn, mlp = [b.attn for b in self.blocks], [b.mlp for b in self.blocks]
+        # what a wrapper holds has the sizes
+        attn = [getattr(b.attn, "base", b.attn) for b in self.blocks]
+        mlp = [getattr(b.mlp, "base", b.mlp) for b in self.blocks]
         n_head, inner = [a.n_head for a in attn], [m.up.d_out for m in mlp]
         d_head = attn[0].o.d_in // n_head[0]
         found = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": d}
@@ -207,8 +213,8 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
     """
     ids = new = np.asarray(ids)
     longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf
-    if ids.shape[1] + n > longest:
-        raise ValueError(f"n is {n} after {ids.shape[1]} tokens; expected {longest} in all at most")
+    if ids.shape[1] + n - 1 > longest:  # the last token is never read
+        raise ValueError(f"n is {n} after {ids.shape[1]} tokens; the model reads {longest}")
     with model.mode(training=False), no_grad(), cached():
         for _ in range(n):
             z = model(new).data[:, -1]  # (B, T, V) -> (B, V)

@@ -60,7 +60,6 @@ RECIPES = {
     "bitfit": ml.bitfit,
     "lora": lora(),
     "rslora": lora(rslora=True),
-    "dropout": lora(dropout=0.5),
     "dora": lora(variant=DoRA),
     "pissa": lora(variant=PiSSA),
     "tables": lora(targets=["tokens", "positions", "head"]),
@@ -88,7 +87,7 @@ BASES = {
     "blocks": lambda m: compress.drop_blocks(tiny(n_layer=2), 0),
 }
 SHIFTED = ("prefix", "prefix mlp", "prompt", "many")  # do not start as the base
-MERGED = ("lora", "rslora", "dropout", "dora", "pissa", "tables", "ia3", "token rows")
+MERGED = ("lora", "rslora", "dora", "pissa", "tables", "ia3", "token rows")
 
 
 def refused(recipe, base):
@@ -111,14 +110,15 @@ def state(model):
     """What a refusal must not change: modules, weights, what trains, and packed codes."""
     arrays = {n: (id(p), p.requires_grad, p.data.tobytes()) for n, p in model.named_parameters()}
     for name, layer in model.named_modules():
-        if hasattr(layer, "arrays"):
-            arrays |= {f"{name}:{key}": a.tobytes() for key, a in layer.arrays().items()}
+        if hasattr(layer, "packed_size"):
+            packed = {key: a.tobytes() for key, a in layer.arrays().items() if key != "bias"}
+            arrays |= {f"{name}.{key}": a for key, a in packed.items()}
     return {name: id(m) for name, m in model.named_modules()}, arrays
 
 
 def moved(before, after):
     """The names of all that differs between two states."""
-    return {n for n in before[1] if before[1][n] != after[1][n] and ":" not in n}
+    return {name for name in before[1] if before[1][name] != after[1][name]}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -138,12 +138,12 @@ def test_every_recipe_on_every_compressed_base(recipe, base, tmp_path):
         tolerance = 1e-12 if recipe in ("dora", "pissa") else 0
         np.testing.assert_allclose(logits(model), start, rtol=0, atol=tolerance)
 
-    # a few steps move what trains, all of it, and nothing else
+    # two steps move what trains, all of it, and nothing else
     trains = set(model.trainable())
     if trains:
         before = state(model)
         optimizer = ml.AdamW(model.parameters(), 1e-2)
-        for _ in range(3):
+        for _ in range(2):
             model.zero_grad()
             loss_of(model).backward()
             assert {n for n, p in model.named_parameters() if p.grad is not None} == trains

@@ -102,7 +102,7 @@ def test_a_requantised_merge_is_packed_again_and_loses_a_little():
 def test_a_small_update_is_rounded_away_and_a_large_one_is_not(size, survives):
     layer = LoRA(QuantLinear(Linear(64, 64, rng=rng(), dtype=np.float64)), 4, rng=rng(1))
     layer.B.data[...] = size * rng(2).standard_normal(layer.B.shape)
-    new, old = layer.merged(requantise=True), layer.base
+    new, old = layer.base.requantised(layer.merged()), layer.base
     lost = np.linalg.norm(new.dense() - layer.dense()) / np.linalg.norm(layer.delta())
     same = (new.quantised.packed == old.quantised.packed).mean()
     if survives:
@@ -184,25 +184,40 @@ def test_loftq_trains_a_and_b_and_keeps_the_biases():
 
 
 @pytest.mark.parametrize(
-    "settings, error, message",
+    "settings, error, word",
     [
-        ({"iterations": 0}, ValueError, "iterations is 0; expected a whole number, 1 or more"),
-        ({"iterations": True}, ValueError, "iterations is True"),
-        ({"bits": 9}, ValueError, "bits is 9"),
-        ({"r": 9}, ValueError, "r is 9; expected a whole number from 1 to 8"),
-        ({"kind": "int4"}, ValueError, "kind is 'int4'"),
-        ({"targets": "blocks.9.*"}, LookupError, "matches no layer"),
-        ({"targets": "tokens"}, ValueError, "expected LoRA for Embedding"),
+        ({"bits": 9}, ValueError, "bits"),
+        ({"r": 9}, ValueError, "r is 9"),
+        ({"iterations": 0}, ValueError, "empty"),
+        ({"targets": "blocks.9.*"}, LookupError, "right kind"),
+        ({"targets": "tokens"}, ValueError, "Embedding"),
     ],
 )
-def test_bad_settings_are_refused_and_change_nothing(settings, error, message):
+def test_bad_settings_are_refused_and_change_nothing(settings, error, word):
     model = small()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=word):
         loftq(model, rng=rng(), **settings)
     assert not wrappers(model)
     assert all(type(m) is not QuantLinear for _, m in model.named_modules())
 
 
-def test_a_quantised_layer_is_not_quantised_twice():
-    with pytest.raises(TypeError, match="expected a plain Linear"):
-        loftq(quantise_model(small(), 4), rng=rng())
+def test_loftq_of_a_float32_model_has_the_codes_of_its_float64_copy():
+    narrow, wide = load_base(np.float32), load_base(np.float64)
+    for model in (narrow, wide):
+        loftq(model, 4, 3, kind="affine", rng=rng())
+    for name, layer in wrappers(narrow).items():
+        again = wrappers(wide)[name]
+        np.testing.assert_array_equal(layer.base.quantised.packed, again.base.quantised.packed)
+        np.testing.assert_allclose(layer.B.data, again.B.data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"block": "row"}, {"kind": "affine"}])
+def test_an_adapter_of_a_float32_base_loads_on_the_float64_one(settings, tmp_path):
+    narrow, wide = (quantise_model(load_base(d), 8, **settings) for d in (np.float32, np.float64))
+    ids = load_eval("sort")[:4, :-1]
+    for p in lora(narrow, 4, rng=rng()).trainable().values():
+        p.data += 0.1 * rng(p.size).standard_normal(p.shape).astype(p.dtype)
+    save_adapter(narrow, tmp_path / "adapter")
+    load_adapter(wide, tmp_path / "adapter")
+    with no_grad():
+        np.testing.assert_allclose(wide(ids).data, narrow(ids).data, atol=1e-3)

@@ -42,9 +42,9 @@ METHODS = {
     "pissa": lambda m: ml.lora(m, 2, targets="blocks.*", variant=PiSSA, rng=_rng()),
     "ia3": ml.ia3,
     "bitfit": ml.bitfit,
-    "houlsby": lambda m: ml.adapter(m, 3, rng=_rng()),
+    "houlsby": lambda m: ml.adapter(m, 3, norms=False, rng=_rng()),
     "pfeiffer": lambda m: ml.adapter(m, 3, "pfeiffer", rng=_rng()),
-    "near": lambda m: ml.adapter(m, 3, start="near", rng=_rng()),
+    "near": lambda m: ml.adapter(m, 3, start="near", norms=False, rng=_rng()),
     "norms": lambda m: ml.adapter(m, 3, norms=True, rng=_rng()),
     "parallel": lambda m: ml.adapter(m, 3, "pfeiffer", parallel=True, scale=4, rng=_rng()),
     "token rows": lambda m: ml.token_rows(m, [7, 2]),
@@ -211,6 +211,11 @@ def test_products_backward_by_formula():
     assert products(last)[1] == 6 + 4 * 6 - 6 + 4 + 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_leaves_the_configuration_as_it_was(name):
+    assert METHODS[name](tiny()).config == tiny().config
+
+
 # ------------------------------------------------------------------ merging
 
 
@@ -363,6 +368,8 @@ def test_folding_a_prefix_changes_nothing_but_its_form():
     ml.fold(model)
     np.testing.assert_allclose(logits(model), before, atol=1e-14)
     assert ml.count(model, quiet=True).trainable == 2 * 2 * 3 * 8
+    frozen = ml.fold(ml.freeze(moved("prefix mlp")))
+    assert not frozen.trainable()
 
 
 @pytest.mark.parametrize("recipe", [ml.prefix, ml.prompt])

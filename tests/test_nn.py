@@ -185,7 +185,7 @@ def test_layer_norm_scales_and_shifts():
 def test_mlp_is_up_gelu_down():
     mlp = MLP(3, rng=rng(), dtype=np.float64)
     assert (mlp.up.weight.shape, mlp.down.weight.shape) == ((12, 3), (3, 12))
-    assert MLP(3, rng=rng(), expansion=2).up.d_out == 6
+    assert MLP(3, rng=rng(), d_ff=6).up.d_out == 6
     mlp.up.bias.data[:], mlp.down.bias.data[:] = 0.3, -0.2
     x = rng(1).standard_normal((2, 3))
     u = x @ mlp.up.weight.data.T + 0.3
@@ -203,3 +203,15 @@ def test_gradients_reach_every_parameter_of_an_mlp():
         return mlp(x)
 
     check_vjp(f, rng(2).standard_normal((3, 2)), *[p.data for p in mlp.parameters()])
+
+
+def test_parameters_and_layers_in_lists_and_dictionaries_are_found():
+    class Net(Module):
+        def __init__(self, parts):
+            self.parts = parts
+
+    one, two = (Linear(2, 2, bias=False, rng=np.random.default_rng(0)) for _ in range(2))
+    for parts in ([one, two], {"a": one, "b": [two]}, [[one], [[two]]], [one.weight, two.weight]):
+        assert sum(p.size for p in Net(parts).parameters()) == 8
+    with pytest.raises(TypeError, match="list"):
+        Net((one,))

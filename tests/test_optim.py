@@ -147,8 +147,8 @@ def test_state_only_for_what_trains():
     assert [a.shape for a in adam.m] == [a.shape for a in adam.v] == [(3,), (2, 2, 2)]
     assert adam.state_size == 2 * (3 + 8)
     assert all(a.dtype == np.float32 for a in adam.m + adam.v)
-    assert SGD(ps, 0.1).state == []
-    assert [a.shape for a in SGD(ps, 0.1, momentum=0.9).state] == [(3,), (2, 2, 2)]
+    assert SGD(ps, 0.1).m == []
+    assert [a.shape for a in SGD(ps, 0.1, momentum=0.9).m] == [(3,), (2, 2, 2)]
 
 
 @makers

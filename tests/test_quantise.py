@@ -1,7 +1,9 @@
-"""Quantisation: packing, levels, blocks, bounds, bytes; GPTQ; the layers and what they refuse."""
+"""Quantisation: packing, levels, blocks, bounds, bytes; GPTQ; the layers and the recipes."""
 
 import json
 import tracemalloc
+from itertools import product
+from math import frexp
 
 import numpy as np
 import pytest
@@ -15,7 +17,6 @@ from minilora import (
     Tensor,
     Transformer,
     check_vjp,
-    detach,
     lora,
     merge,
     ops,
@@ -36,7 +37,7 @@ from minilora.compress import (
     quantise_model,
     unpack,
 )
-from minilora.compress.quantise import nearest
+from minilora.compress.quantise import block_size, nearest, small_floats
 
 IDS = np.random.default_rng(9).integers(7, size=(2, 5))
 NF4 = [  # as published with QLoRA
@@ -64,6 +65,8 @@ FORMATS = [
     {"bits": 1, "kind": "symmetric"},
     {"bits": 1, "kind": "affine"},
     {"bits": 4, "kind": "nf4"},
+    {"bits": 4, "kind": "mxfp4"},
+    {"bits": 4, "kind": "nvfp4"},
     {"bits": 2, "kind": "levels", "levels": [-1.0, 0.0, 0.5]},
 ]
 formats = pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f['bits']} {f['kind']}")
@@ -124,38 +127,6 @@ def test_packing_does_not_write_to_the_codes():
     assert codes.tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, True, 4.0, "4", None])
-def test_bits_out_of_range_are_refused_everywhere(bits):
-    wanted = "bits is .*; expected a whole number from 1 to 8"
-    for call in (
-        lambda: pack([0], bits),
-        lambda: unpack(np.zeros(1, np.uint8), bits, 1),
-        lambda: quantise(normal(4), bits),
-        lambda: kmeans(normal(4), bits),
-        lambda: gptq(normal(4, 4), np.eye(4), bits, block="row"),
-    ):
-        with pytest.raises(ValueError, match=wanted):
-            call()
-
-
-@all_bits
-def test_codes_out_of_range_are_refused(bits):
-    top = 1 << bits
-    with pytest.raises(ValueError, match=f"run from 0 to {top}; expected 0 to {top - 1}"):
-        pack([0, top], bits)
-    with pytest.raises(ValueError, match=f"run from -1 to 0; expected 0 to {top - 1}"):
-        pack([0, -1], bits)
-
-
-def test_codes_that_are_not_whole_and_bytes_that_do_not_fit_are_refused():
-    with pytest.raises(TypeError, match="codes have dtype float64; expected integers"):
-        pack([0.0], 4)
-    with pytest.raises(ValueError, match=r"uint8 of shape \(2,\); expected uint8 of shape \(3,\)"):
-        unpack(np.zeros(2, np.uint8), 4, 5)
-    with pytest.raises(ValueError, match="packed is int64"):
-        unpack(np.zeros(3, np.int64), 4, 5)
-
-
 # ------------------------------------------------------------------ levels
 
 
@@ -175,10 +146,9 @@ def test_an_nf4_code_is_that_of_the_nearest_level_whatever_the_weight(dtype):
     x = np.concatenate([*edges, levels.astype(dtype), rng().uniform(-1, 1, 5000).astype(dtype)])
     x = np.append(x, dtype(1))  # the largest: the scale is 1, so that x stays what it is
     codes = unpack(quantise(x, kind="nf4", block=None).packed, 4, x.size)
-    np.testing.assert_array_equal(codes, np.searchsorted(middle, x))
     distance = np.abs(x[:, None].astype(np.float64) - levels)
     chosen = distance[np.arange(x.size), codes]
-    np.testing.assert_allclose(chosen, distance.min(axis=1), rtol=0, atol=2 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(chosen, distance.min(axis=1), rtol=0, atol=5e-16)
 
 
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 256])
@@ -222,21 +192,6 @@ def test_kmeans_beats_the_uniform_grid_and_counts_its_levels(block):
     assert q.nbytes == 4096 * 3 // 8 + 4 * 8 + 4 * (1 if block is None else 64)
 
 
-BAD_KMEANS = [
-    ({"k": 0}, "k is 0; expected a whole number from 1 to 256"),
-    ({"k": 257}, "k is 257"),
-    ({"iterations": -1}, "iterations is -1; expected a whole number from 0"),
-    ({"w": []}, "w has 0 weights"),
-    ({"w": [1, np.nan]}, "expected some, all finite"),
-]
-
-
-@pytest.mark.parametrize("settings, message", BAD_KMEANS, ids=[str(s) for s, _ in BAD_KMEANS])
-def test_kmeans_refuses(settings, message):
-    with pytest.raises(ValueError, match=message):
-        kmeans_levels(**{"w": [1.0, 2.0], "k": 2} | settings)
-
-
 # ------------------------------------------------------------------ quantise and dequantise
 
 
@@ -269,7 +224,9 @@ def test_the_bytes_are_those_of_the_formula(form, block, double, shape):
     size = {None: n, "row": shape[1]}.get(block, block)
     count = -(-n // size)
     wanted = -(-n * form["bits"] // 8)
-    wanted += count + 4 * -(-count // 256) + 4 if double else 4 * count
+    fp4 = form["kind"] in ("mxfp4", "nvfp4") and not double
+    wanted += count + 4 * -(-count // 256) + 4 if double else (1 if fp4 else 4) * count
+    wanted += 4 if fp4 and form["kind"] == "nvfp4" else 0
     wanted += 4 * count if form["kind"] == "affine" else 0
     wanted += 4 * 3 if form["kind"] == "levels" else 0
     assert q.nbytes == wanted == sum(array.nbytes for array in q.arrays().values())
@@ -315,10 +272,10 @@ def test_half_a_step_holds_for_subnormal_weights_too():
 
 @both
 @formats
-@pytest.mark.parametrize("block", [None, "row", 7, 64])
-def test_zeros_come_back_as_zeros(form, block, dtype):
-    back = dequantise(quantise(np.zeros((5, 33), dtype), block=block, **form), dtype)
-    assert back.dtype == dtype and not back.any()
+def test_zeros_come_back_as_zeros(form, dtype):
+    for block in (None, "row", 7, 64):
+        back = dequantise(quantise(np.zeros((5, 33), dtype), block=block, **form), dtype)
+        assert back.dtype == dtype and not back.any()
 
 
 @given(
@@ -382,6 +339,58 @@ def test_nf4_wins_on_gaussian_weights_and_loses_on_uniform_ones():
     assert mse(uniform, kind="nf4") > 1.05 * mse(uniform)
 
 
+FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # as published, OCP Microscaling Formats 1.0, section 5.3.3
+
+
+def test_small_floats_are_the_published_ones():
+    np.testing.assert_array_equal(small_floats(2, 1), FP4)
+    e4m3 = small_floats(4, 3)[:-1]
+    np.testing.assert_array_equal(e4m3[:10], np.arange(10) / 512)  # even steps up to 2⁻⁵
+    assert (e4m3[8], e4m3[56], e4m3[57], e4m3[-1]) == (2**-6, 1, 1.125, 448)
+    np.testing.assert_array_equal(small_floats(8, 0)[:-1], 2.0 ** np.arange(-127, 128))
+    e5m2 = small_floats(5, 2)
+    assert (e5m2[1], e5m2[4], e5m2[123]) == (2**-16, 2**-14, 57344)
+
+
+def nearest_fp4(x):
+    levels = np.unique([-np.array(FP4), FP4])
+    return levels[np.abs(x[..., None] - levels).argmin(axis=-1)]
+
+
+def test_mxfp4_is_that_of_the_standard():
+    w = normal(40, 64) * np.exp2(np.arange(-20, 20))[:, None].astype(np.float32)
+    w[3], w[4, :3] = 0, (4.0, 8.0, np.nextafter(np.float32(8), np.float32(0)))
+    q = quantise(w, kind="mxfp4", block=32)
+    assert q.bits_per_weight == 4.25
+    blocks = w.reshape(-1, 32).astype(np.float64)
+    exponents = [frexp(np.abs(block).max())[1] - 1 for block in blocks]  # of the largest
+    scale = np.exp2(np.array(exponents) - 2.0)[:, None]  # that of the largest level is 2
+    np.testing.assert_array_equal(q.scale, np.array(exponents) - 2 + 127)
+    wanted = nearest_fp4(blocks / scale) * scale
+    np.testing.assert_array_equal(dequantise(q, np.float64), wanted.reshape(w.shape))
+
+
+def test_nvfp4_has_float8_scales_over_one_for_the_tensor():
+    w = normal(40, 64) * np.exp2(np.arange(-8, 2, 0.25))[:, None].astype(np.float32)
+    q = quantise(w, kind="nvfp4", block=16)
+    assert q.bits_per_weight == 4.5 + 32 / w.size
+    blocks, e4m3 = w.reshape(-1, 16).astype(np.float64), small_floats(4, 3)[:-1]
+    most = np.abs(blocks).max(axis=1)
+    whole = most.max() / 6 / 448
+    np.testing.assert_allclose(q.mean, whole, rtol=1e-6)
+    scale = e4m3[np.abs(most[:, None] / 6 / whole - e4m3).argmin(axis=1)]
+    np.testing.assert_allclose(q.scales(), scale * whole, rtol=1e-6)
+    scale = q.scales()[:, None].astype(np.float64)
+    wanted = nearest_fp4(blocks / np.where(scale, scale, 1)) * scale
+    np.testing.assert_allclose(dequantise(q, np.float64), wanted.reshape(w.shape), rtol=1e-12)
+
+
+def test_at_equal_bits_nvfp4_is_near_nf4_and_mxfp4_is_behind():
+    w = normal(256, 256)
+    errors = [mse(w, kind=k, block=b) for k, b in (("nf4", 64), ("nvfp4", 16), ("mxfp4", 32))]
+    assert errors[0] < errors[1] < 1.1 * errors[0] < 1.4 * errors[0] < errors[2]
+
+
 def test_an_outlier_ruins_the_tensor_but_not_the_blocks():
     w = normal(64, 64)
     hit = w.copy()
@@ -426,36 +435,126 @@ def test_very_small_and_very_large_weights_stay_finite(form):
         assert (np.abs(back) <= 2 * max(size, 1e-37)).all()
 
 
-BAD = [
-    ({"block": 0}, ValueError, "block is 0; expected None, 'row' or a whole number from 1"),
-    ({"block": -3}, ValueError, "block is -3"),
-    ({"block": True}, ValueError, "block is True"),
-    ({"block": 2.0}, ValueError, r"block is 2\.0"),
-    ({"block": "column"}, ValueError, "block is 'column'"),
-    ({"kind": "int4"}, ValueError, "kind is 'int4'; expected one of 'symmetric', 'affine', 'nf4'"),
-    ({"kind": "nf4", "bits": 3}, ValueError, "bits is 3; expected 4 for kind 'nf4'"),
-    ({"kind": "levels"}, ValueError, "kind is 'levels' and levels None; expected both or neither"),
-    ({"levels": [0, 1]}, ValueError, "kind is 'symmetric' and levels .*; expected both or neither"),
-    ({"kind": "levels", "levels": [0, 0]}, ValueError, "1 to 16 finite numbers, increasing"),
-    ({"kind": "levels", "levels": [1, 0]}, ValueError, "1 to 16 finite numbers, increasing"),
-    ({"kind": "levels", "levels": []}, ValueError, "1 to 16 finite numbers, increasing"),
-    ({"kind": "levels", "levels": [0, np.nan]}, ValueError, "1 to 16 finite numbers"),
-    ({"kind": "levels", "levels": range(3), "bits": 1}, ValueError, "1 to 2 finite numbers"),
-    ({"w": np.array([1.0, np.nan])}, ValueError, "w is not finite"),
-    ({"w": np.array([1.0, -np.inf])}, ValueError, "w is not finite"),
-    ({"w": np.array([1.0, np.inf]), "kind": "affine"}, ValueError, "w is not finite"),
-    ({"w": np.array([np.nan, 1.0]), "kind": "affine"}, ValueError, "w is not finite"),
-    ({"w": np.array([np.nan, 1.0]), "bits": 1}, ValueError, "w is not finite"),
-    ({"w": np.array([1e300])}, ValueError, "w is not finite, or above 8.5e.37"),
-    ({"w": np.zeros((0, 3))}, ValueError, r"w has shape \(0, 3\); expected one weight or more"),
-    ({"w": np.arange(3)}, TypeError, "w has dtype int64; expected float32 or float64"),
-    ({"w": np.zeros(3, np.float16)}, TypeError, "w has dtype float16"),
-]
+@pytest.mark.parametrize("form", [f for f in FORMATS if f["kind"] != "nvfp4"], ids=str)
+@pytest.mark.parametrize("block", [None, "row", 7])
+def test_a_clipped_block_never_errs_more_and_takes_no_more_bytes(form, block):
+    w = normal(6, 30) ** 3  # heavy tails
+    plain, clipped = (quantise(w, block=block, clip=clip, **form) for clip in (False, True))
+    starts = np.arange(0, w.size, {None: w.size, "row": 30}.get(block, block))
+    errors = [
+        np.add.reduceat((dequantise(q, np.float64) - w).ravel() ** 2, starts)
+        for q in (plain, clipped)
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
+    assert clipped.nbytes == plain.nbytes and clipped.settings() == plain.settings()
 
 
-@pytest.mark.parametrize("settings, kind, message", BAD, ids=[m for _, _, m in BAD])
-def test_quantise_refuses(settings, kind, message):
-    with pytest.raises(kind, match=message):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_clipped_scale_is_the_best_of_many(bits):
+    w, top = normal(8, 64, dtype=np.float64), (1 << bits - 1) - 1
+    errors = []
+    for share in np.linspace(0.2, 1, 401):
+        scale = share * np.abs(w).max(axis=1, keepdims=True) / top
+        near = np.clip(np.rint(w / scale), -top, top) * scale
+        errors.append(np.square(w - near).sum(axis=1))
+    got = np.square(w - dequantise(quantise(w, bits, clip=True), np.float64)).sum(axis=1)
+    best = np.min(errors, axis=0)
+    assert (got >= best * (1 - 1e-5)).all() and got.sum() < 1.05 * best.sum()
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "affine"])
+def test_clipping_pays_on_gaussian_weights_at_few_bits(kind):
+    w, settings = normal(64, 256), {"block": "row", "kind": kind}
+    gain = [mse(w, bits=b, clip=True, **settings) / mse(w, bits=b, **settings) for b in (2, 3, 4)]
+    assert gain[0] < gain[1] < gain[2] < 0.9
+
+
+@formats
+@pytest.mark.parametrize("double", [False, True])
+def test_a_float32_model_and_its_float64_copy_have_the_same_codes(form, double):
+    gram = correlated(33, 2)
+    for seed, spoil in enumerate([0, 1e-3, 1e30]):
+        w = normal(40, 33, seed=seed)
+        w[::7], w[3, 5] = 0.1, spoil
+        wide = w.astype(np.float64)
+        for block in (None, "row", 11):
+            pairs = [[quantise(a, block=block, double=double, **form) for a in (w, wide)]]
+            if form["kind"] != "levels":
+                pairs.append([gptq(a, gram, block=block, double=double, **form) for a in (w, wide)])
+            for narrow, again in pairs:
+                assert narrow.settings() == again.settings()
+                for name, a in narrow.arrays().items():
+                    np.testing.assert_array_equal(a, again.arrays()[name], strict=True)
+        np.testing.assert_array_equal(kmeans(w, 3).packed, kmeans(wide, 3).packed)
+
+
+def hard(case, shape):
+    """Weights at which a formula may break."""
+    w = normal(*shape)
+    if case == "zeros":
+        w[...] = 0
+    elif case == "one block of zeros":
+        w.ravel()[:5] = 0
+    elif case == "one huge":
+        w[0, 0] = 5e37
+    elif case == "subnormal":
+        w *= np.float32(1e-41)
+    elif case == "equal rows":
+        w[...] = w[:, :1]
+    return w
+
+
+@formats
+@pytest.mark.parametrize(
+    "case", ["zeros", "one block of zeros", "one huge", "subnormal", "equal rows"]
+)
+def test_hard_weights_and_grams_come_back_finite_and_no_larger(case, form):
+    for shape, dtype in product([(1, 1), (1, 12), (12, 1), (5, 12)], [np.float32, np.float64]):
+        w, d = hard(case, shape).astype(dtype), shape[1]
+        room = 1.2 if form["kind"] in ("mxfp4", "nvfp4") else 1.01  # 5.1 becomes 6
+        top = room * np.abs(w).max() + 2e-38
+        for block in (None, "row", 4):
+            found = [quantise(w, block=block, double=double, **form) for double in (False, True)]
+            for q in [*found, kmeans(w, 2, block=block)]:
+                back = dequantise(q, dtype)
+                assert back.dtype == dtype and (np.abs(back) <= top).all()
+        for gram in (np.zeros((d, d)), np.ones((d, d)), 1e-300 * np.eye(d)):
+            if form["kind"] != "levels":
+                assert np.isfinite(dequantise(gptq(w, gram, block="row", **form), dtype)).all()
+        if case == "equal rows" and form["kind"] == "affine":
+            back = dequantise(quantise(w, block="row", **form))
+            np.testing.assert_allclose(back, w, rtol=1e-6)
+
+
+def test_sizes_near_32_bits_do_not_overflow():
+    shape = (2**20, 2**20)
+    q = quantise(normal(4, 4), block="row")._replace(shape=shape)
+    assert q.bits_per_weight == 8 * q.nbytes / 2**40
+    assert block_size(shape, None) == 2**40 and block_size(shape, "row") == 2**20
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"bits": 0}, "bits is 0"),
+        ({"bits": "4"}, "bits is '4'"),
+        ({"kind": "int4"}, "int4"),
+        ({"kind": "nf4", "bits": 3}, "nf4"),
+        ({"block": 0}, "block"),
+        ({"block": 2.5}, "block"),
+        ({"kind": "levels"}, "levels is None"),
+        ({"levels": [0, 1]}, "levels"),
+        ({"kind": "levels", "levels": [1, 0]}, "levels"),
+        ({"kind": "levels", "levels": []}, "levels"),
+        ({"kind": "levels", "levels": range(3), "bits": 1}, "levels"),
+        ({"w": np.array([1.0, np.nan])}, "finite"),
+        ({"w": np.array([1.0, -np.inf])}, "finite"),
+        ({"w": np.array([1e300])}, "finite"),
+    ],
+    ids=str,
+)
+def test_quantise_refuses(settings, word):
+    with pytest.raises(ValueError, match=word):
         quantise(**{"w": normal(3, 4)} | settings)
 
 
@@ -494,13 +593,13 @@ def test_gptq_errs_less_on_correlated_data_than_rounding_to_nearest(form, seed):
 
 @both
 @pytest.mark.parametrize("form", FORMATS[:-1], ids=str)
-@pytest.mark.parametrize("block", [None, "row", 8])
-def test_gptq_is_rounding_to_nearest_when_features_are_not_correlated(form, block, dtype):
+def test_gptq_is_rounding_to_nearest_when_features_are_not_correlated(form, dtype):
     w = normal(6, 24, dtype=dtype)
-    plain = quantise(w, block=block, **form)
-    for gram in (3 * np.eye(24), np.diag(np.arange(1.0, 25)), np.zeros((24, 24))):
-        better = gptq(w, gram, block=block, **form)
-        np.testing.assert_array_equal(better.packed, plain.packed)
+    for block in (None, "row", 8):
+        plain = quantise(w, block=block, **form)
+        for gram in (3 * np.eye(24), np.diag(np.arange(1.0, 25)), np.zeros((24, 24))):
+            better = gptq(w, gram, block=block, **form)
+            np.testing.assert_array_equal(better.packed, plain.packed)
 
 
 def test_gptq_equals_its_definition_by_the_inverse_hessian():
@@ -515,29 +614,36 @@ def test_gptq_equals_its_definition_by_the_inverse_hessian():
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
+def test_act_order_is_gptq_of_the_columns_from_the_loudest_to_the_faintest():
+    harm = []
+    for seed in range(8):
+        w, gram = normal(16, 32, seed=seed, dtype=np.float64), correlated(32, seed)
+        order = np.argsort(-np.diag(gram))
+        turned = gptq(w[:, order], gram[order][:, order], 3, block="row")
+        wanted = np.empty_like(w)
+        wanted[:, order] = dequantise(turned, np.float64)
+        got = gptq(w, gram, 3, block="row", act_order=True)
+        np.testing.assert_array_equal(dequantise(got, np.float64), wanted)
+        plain = gptq(w, gram, 3, block="row")
+        harm.append(data_error(w, got, gram) / data_error(w, plain, gram))
+    assert np.mean(harm) < 1
+
+
+def test_clipping_helps_gptq_where_there_are_few_levels():
+    for seed in range(5):
+        w, gram = normal(24, 64, seed=seed), correlated(64, seed)
+        wide, clipped = (gptq(w, gram, 2, block="row", clip=clip) for clip in (False, True))
+        assert data_error(w, clipped, gram) < 0.8 * data_error(w, wide, gram)
+
+
 def test_gptq_takes_a_singular_gram():
     x = normal(4, 16, dtype=np.float64)  # fewer samples than features
     assert np.isfinite(dequantise(gptq(normal(3, 16), x.T @ x / 4, block="row"))).all()
 
 
-BAD_GPTQ = [
-    ({"block": 5}, "block is 5; expected a divisor of d_in = 8, 'row' or None"),
-    ({"block": 64}, "block is 64; expected a divisor of d_in = 8"),
-    ({"gram": np.eye(7)}, r"gram has shape \(7, 7\); expected \(8, 8\)"),
-    ({"gram": np.full((8, 8), np.nan)}, "all finite"),
-    ({"gram": -np.eye(8)}, "gram is not positive definite with damping 0.01"),
-    ({"gram": np.ones((8, 8)), "damping": 0}, "gram is not positive definite with damping 0"),
-    ({"damping": -1}, "damping is -1; expected a number from 0"),
-    ({"damping": np.nan}, "damping is nan"),
-    ({"w": normal(8)}, r"w has shape \(8,\); expected \(d_out, d_in\)"),
-    ({"kind": "levels"}, "kind is 'levels' and levels None"),
-]
-
-
-@pytest.mark.parametrize("settings, message", BAD_GPTQ, ids=[m for _, m in BAD_GPTQ])
-def test_gptq_refuses(settings, message):
-    with pytest.raises(ValueError, match=message):
-        gptq(**{"w": normal(4, 8), "gram": np.eye(8), "block": 4} | settings)
+def test_a_block_of_gptq_must_divide_a_row():
+    with pytest.raises(ValueError, match="divisor of d_in = 8"):
+        gptq(normal(4, 8), np.eye(8), block=5)
 
 
 # ------------------------------------------------------------------ the layer
@@ -618,7 +724,7 @@ def test_qlora_on_a_model_trains_its_bypass_alone_and_merges_dense_or_requantise
     np.testing.assert_array_equal(wrapper.base.quantised.packed, packed)
 
     dense, before = wrapper.dense(), model(IDS).data
-    again = wrapper.merged(requantise=True)
+    again = wrapper.base.requantised(wrapper.merged())
     assert type(again) is QuantLinear and again.config() == wrapper.base.config()
     step = spread(again.quantised, again.quantised.scales())
     assert (np.abs(again.dense() - dense) <= 0.50001 * step).all()
@@ -637,14 +743,9 @@ def test_requantised_takes_the_bias_of_the_other_layer_and_keeps_the_format():
     np.testing.assert_allclose(again.dense(), 2 * quant.dense(), rtol=1e-6, atol=1e-7)
 
 
-def test_requantised_refuses_another_shape():
-    with pytest.raises(ValueError, match=r"weight has shape \(6, 5\); expected \(5, 6\)"):
-        QuantLinear(layer()).requantised(layer(5, 6))
-
-
-@both
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    "bias, double, dtype", [(True, False, np.float64), (False, True, np.float32)]
+)
 @formats
 def test_arrays_and_config_restore_a_layer(form, double, bias, dtype):
     base = layer(dtype=dtype, bias=bias)
@@ -669,34 +770,33 @@ def test_a_config_survives_json():
 def test_restore_refuses_arrays_that_do_not_fit_the_config():
     quant = QuantLinear(layer(), 4, block=4)
     arrays, config = quant.arrays(), quant.config()
-    for changed, message in [
-        ({"codes": arrays["codes"][:-1]}, r"codes is uint8 of shape \(14,\); expected .*\(15,\)"),
-        ({"scale": arrays["scale"].astype(np.float64)}, "scale is float64"),
-        ({"scale": arrays["scale"] * np.float32(np.nan)}, "scale is not finite"),
-        ({"extra": arrays["scale"]}, "arrays are .*; expected"),
+    for changed, word in [
+        ({"codes": arrays["codes"][:-1]}, "14"),
+        ({"scale": arrays["scale"].astype(np.float64)}, "float64"),
+        ({"scale": arrays["scale"] * np.float32(np.nan)}, "finite"),
+        ({"extra": arrays["scale"]}, "extra"),
+        ({"bias": np.ones(3)}, "bias"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=word):
             QuantLinear.restore(arrays | changed, config)
-    with pytest.raises(ValueError, match="arrays are .*; expected"):
+    with pytest.raises(ValueError, match="expected"):
         QuantLinear.restore({"codes": arrays["codes"]}, config)
     with pytest.raises(ValueError, match="bits is 9"):
         QuantLinear.restore(arrays, config | {"bits": 9})
-    book = QuantLinear.of(quantise(normal(5, 6), 2, kind="levels", levels=[-1, 0, 1]))
-    high = {"codes": np.full_like(book.quantised.packed, 255)}
-    with pytest.raises(ValueError, match="a code is 3; expected less than 3 levels"):
-        QuantLinear.restore(book.arrays() | high, book.config())
 
 
-def test_a_quant_linear_refuses_what_does_not_fit():
+def test_a_code_above_the_highest_level_reads_as_that():
+    q = quantise(normal(5, 6), 2, kind="levels", levels=[-1, 0, 1])
+    high = dequantise(q._replace(packed=np.full_like(q.packed, 255)))
+    np.testing.assert_array_equal(high, np.full((5, 6), q.scale[0]))
+
+
+def test_a_quant_linear_refuses_inputs_that_do_not_fit():
     quant = QuantLinear(layer())
-    with pytest.raises(ValueError, match=r"QuantLinear: shapes \(2, 5\) and \(5, 6\) do not fit"):
+    with pytest.raises(ValueError, match=r"\(2, 5\) and \(5, 6\) do not fit"):
         quant(Tensor(np.zeros((2, 5))))
-    with pytest.raises(TypeError, match="x is float32, the layer float64; convert one first"):
+    with pytest.raises(TypeError, match="float32"):
         quant(Tensor(np.zeros((2, 6), np.float32)))
-    with pytest.raises(TypeError, match="expected a layer with dense"):
-        QuantLinear(np.zeros((2, 2)))
-    with pytest.raises(ValueError, match=r"the weight has shape \(6,\); expected \(d_out, d_in\)"):
-        QuantLinear.of(quantise(normal(6)))
 
 
 def test_repr_names_the_format():
@@ -742,22 +842,10 @@ def test_quantise_aware_wraps_trains_everything_and_merges():
     model = quantise_aware(small(), 4, "blocks.*.attn.*", block=8)
     assert len(model.trainable()) == len(model.parameters())
     assert repr(model.blocks[0].attn.q) == "StraightThrough(4 bits, base=Linear(8 -> 8))"
-    assert model.blocks[0].attn.q.config() == {
-        "kind": "StraightThrough",
-        "bits": 4,
-        "block": 8,
-        "format": "symmetric",
-        "double": False,
-    }
     before = model(IDS).data
     merge(model)
     assert type(model.blocks[0].attn.q) is QuantLinear
     np.testing.assert_allclose(model(IDS).data, before, rtol=1e-12, atol=1e-12)
-
-
-def test_straight_through_refuses_a_layer_that_cannot_train():
-    with pytest.raises(TypeError, match="expected a Linear with a weight that can train"):
-        StraightThrough(QuantLinear(layer()))
 
 
 # ------------------------------------------------------------------ the recipes
@@ -791,58 +879,42 @@ def untouched(model):
     }
 
 
+def broken(model):
+    model.blocks[1].mlp.down.weight.data[0, 0] = np.nan
+
+
 BAD_MODELS = [
-    ({"bits": 0}, ValueError, "bits is 0"),
-    ({"block": 0}, ValueError, "block is 0"),
-    ({"kind": "int4"}, ValueError, "kind is 'int4'"),
-    ({"targets": "blocks.*.w"}, LookupError, "matches no layer of the right kind"),
+    (None, {"bits": 0}, ValueError, "bits is 0"),
+    (None, {"block": 0}, ValueError, "block is 0"),
+    (None, {"targets": "blocks.*.w"}, LookupError, "right kind"),
+    (None, {"targets": ["blocks.*", "head"]}, ValueError, "tied"),
+    (lambda model: lora(model, rng=rng()), {}, ValueError, "adapter"),
+    (lambda model: quantise_model(model, block=8), {}, TypeError, "plain Linear"),
+    (broken, {}, ValueError, "blocks.1.mlp.down"),
 ]
 
 
 @pytest.mark.parametrize("recipe", [quantise_model, quantise_aware])
-@pytest.mark.parametrize("settings, kind, message", BAD_MODELS, ids=[m for _, _, m in BAD_MODELS])
-def test_a_bad_setting_leaves_the_model_as_it_was(recipe, settings, kind, message):
-    model = small()
+@pytest.mark.parametrize("harm, settings, kind, word", BAD_MODELS, ids=[m[3] for m in BAD_MODELS])
+def test_what_is_refused_leaves_the_model_as_it_was(recipe, harm, settings, kind, word):
+    model = small(tied=True)
+    if harm:
+        harm(model)
     before = untouched(model)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=word):
         recipe(model, **settings)
     assert untouched(model) == before
 
 
-@pytest.mark.parametrize("recipe", [quantise_model, quantise_aware])
-def test_ties_adapters_and_broken_weights_are_refused(recipe):
-    tied = small(tied=True)
-    with pytest.raises(ValueError, match="tokens.weight and head.weight are one"):
-        recipe(tied, targets=["blocks.*", "head"])
-    recipe(tied, targets="blocks.*")
-
-    model = lora(small(), rng=rng())
-    before = untouched(model)
-    with pytest.raises(ValueError, match="carries an adapter already; merge or detach it first"):
-        recipe(model)
-    assert untouched(model) == before
-    detach(model)
-    model.blocks[1].mlp.down.weight.data[0, 0] = np.nan
-    before = untouched(model)
-    with pytest.raises(ValueError, match="blocks.1.mlp.down holds a nan"):
-        recipe(model)
-    assert untouched(model) == before
-
-
-def test_grams_must_name_every_layer_and_fit_its_block():
+def test_grams_must_name_every_layer():
     model = small()
-    grams = observe(model, IDS, "blocks.0.*")
-    before = untouched(model)
-    with pytest.raises(LookupError, match="grams has no blocks.1.attn.q; expected one for each"):
+    grams, before = observe(model, IDS, "blocks.0.*"), untouched(model)
+    with pytest.raises(KeyError, match="blocks.1.attn.q"):
         quantise_model(model, grams=grams, block="row")
-    with pytest.raises(ValueError, match="block is 5; expected a divisor of d_in = 8"):
-        quantise_model(model, targets="blocks.0.*", grams=grams, block=5)
     assert untouched(model) == before
 
 
-def test_a_quantised_model_cannot_be_quantised_towards_again():
-    model = quantise_model(small(), block=8)
-    before = untouched(model)
-    with pytest.raises(TypeError, match="blocks.0.attn.q is QuantLinear.*expected a plain Linear"):
-        quantise_aware(model)
-    assert untouched(model) == before
+def test_what_is_put_in_takes_the_training_mode():
+    for recipe in (quantise_model, quantise_aware):
+        model = recipe(small().train())
+        assert all(module.training for _, module in model.named_modules())

@@ -283,8 +283,12 @@ REFUSED = {
     "shape of no items": field(shape=[0]),
     "dtype too wide": field(dtype="F64"),
     "shape that overflows to fit": field(shape=[2**62, 2], dtype="I16"),
-    "shape that wraps round to 0": spelt(b'{"dtype":"F32","shape":[%d,4],"data_offsets":[0,0]}' % 2**62, b""),
-    "shape that overflows before a 0": spelt(b'{"dtype":"F32","shape":[%d,4,0],"data_offsets":[0,0]}' % 2**62, b""),
+    "shape that wraps round to 0": spelt(
+        b'{"dtype":"F32","shape":[%d,4],"data_offsets":[0,0]}' % 2**62, b""
+    ),
+    "shape that overflows before a 0": spelt(
+        b'{"dtype":"F32","shape":[%d,4,0],"data_offsets":[0,0]}' % 2**62, b""
+    ),
     "shape past 64 bits": field(shape=[2**64, 0]),
     "shape of 5000 digits": spelt(b'{"shape":[' + b"9" * 5000 + b"]}"),
     "offsets null": field(data_offsets=None),

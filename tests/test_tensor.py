@@ -231,3 +231,12 @@ def test_backward_of_a_vector_wants_a_sum_or_a_grad():
 def test_a_grad_of_another_shape_is_an_error_that_names_both():
     with pytest.raises(ValueError, match=r"grad has shape \(3,\), the tensor \(2,\)"):
         leaf(1.0, 2.0).backward(np.ones(3))
+
+
+def test_what_a_newcomer_tries_gives_a_number_or_an_error():
+    one, two = Tensor([0.0]), Tensor([1.0, 2.0])
+    assert not one and float(Tensor(3.0)) == 3.0 and f"{Tensor(3.0):.2f}" == "3.00"
+    np.testing.assert_array_equal(two == np.array([1.0, 3.0]), [True, False])
+    assert {two: 1}[two] == 1
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(two)

@@ -1,6 +1,8 @@
 """Neural-network compression: make the *model* small, where `peft` makes the *update* small.
 
-Pure array functions first, then thin layers that `surgery.replace` puts in place.
+Pure array functions first, then thin layers that `surgery.replace` puts in place. A recipe
+takes a model first. It changes it in place and returns it, wants it plain (no adapter on, and
+what it compresses neither tied nor compressed before), and leaves it as it was on an error.
 
 family         granularity        saves in a file      saves time      afterwards
 low rank       a matrix           mn -> r (m + n)      if r is small   train the factors
@@ -15,22 +17,15 @@ blocks         a layer            their share          their share     train wha
 
 from .observe import observe
 from .factor import rank_for_budget, rank_for_energy, truncated_svd, weighted_svd
-from .tensors import Tucker, hosvd, tensor_train, tt_dense, tucker
+from .factor import Tucker, hosvd, tensor_train, tt_dense, tucker
 from .lowrank import LowRankLinear, TuckerLinear, low_rank, tucker_layers
 from .quantise import kmeans_levels, nf4_levels, pack, unpack
-from .quantise import Quantised, dequantise, kmeans, quantise
-from .quantise import gptq
-from .quantlinear import (
-    QuantLinear,
-    StraightThrough,
-    fake_quantise,
-    quantise_aware,
-    quantise_model,
-)
-from .loftq import loftq
-from .masks import Masked, magnitude_mask, rewind, sparsify, wanda_mask
+from .quantise import Quantised, dequantise, gptq, kmeans, quantise
+from .quantlinear import QuantLinear, StraightThrough
+from .quantlinear import fake_quantise, loftq, quantise_aware, quantise_model
+from .prune import Masked, magnitude_mask, rewind, sparse_gpt, sparsify, wanda_mask
 from .prune import block_similarity, drop_blocks, prune_heads, prune_neurons
-from .sparse import break_even_sparsity, from_bitmap, from_indices, to_bitmap, to_indices
+from .prune import break_even_sparsity, from_bitmap, from_indices, to_bitmap, to_indices
 
 # layers that a file may hold
 LAYERS = {kind.__name__: kind for kind in (LowRankLinear, QuantLinear)}

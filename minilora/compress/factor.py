@@ -1,13 +1,15 @@
-"""Approximation of one weight: a product of two thin matrices.
+"""Approximation by products: of one weight, and of many at once by what they share.
 
 Everything is computed in float64 and handed back in the dtype that came in.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
 from ..peft.lora import check_rank
 
-_DAMPING = 1e-6  # over the mean of C's diagonal: far above rounding, far below what data shows
+# ------------------------------------------------------------------ one weight
 
 
 def _left(w, r):
@@ -30,10 +32,46 @@ def truncated_svd(w, r):
     return (u[:, :r] * root).astype(w.dtype), (root[:, None] * vt[:r]).astype(w.dtype)
 
 
-def root_of(gram):
-    """S (d, d) with S Sᵀ = C, a little damped so that there is one."""
-    damping = _DAMPING * np.mean(np.diagonal(gram)) if gram.any() else 1.0
-    return np.linalg.cholesky(gram + damping * np.eye(len(gram)))
+def root_of(gram, damping=1e-6):
+    """S (d, d), lower triangular, with S Sᵀ = C / c + damping · I, c the mean of C's diagonal.
+
+    The damping, a millionth if not given, is far above rounding and far below what data shows.
+    """
+    mean = np.mean(np.diagonal(gram)) or 1.0
+    return np.linalg.cholesky(gram / mean + damping * np.eye(len(gram)))
+
+
+def make_up(w, gram, settle, damping=0.01):
+    """Settle a weight column by column; those still to come make up for each error.
+
+    Of all changes to later columns, the one made here keeps the error on the data, tr(E C Eᵀ),
+    smallest. With C + λI = R Rᵀ, R upper triangular, row j of U = R⁻¹ says how, and removing
+    w_j costs (w_j / U_jj)². It is the Optimal Brain Surgeon, in a fixed order.
+
+    Args:
+        w: (d_out, d_in). gram: C (d_in, d_in), the mean of x xᵀ, as `observe` finds it.
+        settle: `settle(j, rest, u)` says what column j shall be, (d_out,), from all columns as
+            they now stand, (d_in, d_out), and U.
+        damping: λ over the mean of C's diagonal.
+
+    Returns:
+        The settled weight, (d_out, d_in), float64.
+
+    Source: LeCun et al. 1989, "Optimal brain damage"; Hassibi & Stork 1992, "Second order
+    derivatives for network pruning"; Frantar et al. 2022, arXiv 2210.17323, section 3.
+    """
+    # Cholesky from the last row up, by turning the matrix round twice
+    u = np.linalg.inv(root_of(gram[::-1, ::-1], damping)[::-1, ::-1])
+    rest = w.T.astype(np.float64, order="C")  # (d_in, d_out), so that a column lies together
+    errors = np.empty(rest.shape)
+    for start in range(0, len(rest), 128):  # columns far off wait, for one matrix product
+        stop = min(start + 128, len(rest))
+        for j in range(start, stop):
+            fixed = settle(j, rest, u)  # (d_out,)
+            errors[j], rest[j] = (rest[j] - fixed) / u[j, j], fixed
+            rest[j + 1 : stop] -= u[j, j + 1 : stop, None] * errors[j]
+        rest[stop:] -= u[start:stop, stop:].T @ errors[start:stop]
+    return rest.T
 
 
 def weighted_svd(w, gram, r):
@@ -57,6 +95,8 @@ def weighted_svd(w, gram, r):
 
 def rank_for_energy(w, energy):
     """The smallest r at which truncation keeps this share (0, 1] of the sum of squares, Σσ²."""
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy!r}; expected a share above 0 and up to 1")
     s = np.linalg.svd(w.astype(np.float64), compute_uv=False)
     kept = np.cumsum((s / (s[0] or 1)) ** 2)  # over the largest, so that no square overflows
     return int(np.searchsorted(kept, energy * kept[-1])) + 1
@@ -64,6 +104,107 @@ def rank_for_energy(w, energy):
 
 def rank_for_budget(shape, numbers):
     """The largest r for which left (m, r) and right (r, n) hold no more than `numbers`."""
-    if numbers < sum(shape):
-        raise ValueError(f"numbers is {numbers!r}; expected {sum(shape)} or more, which is rank 1")
-    return int(min(numbers // sum(shape), *shape))
+    m, n = map(int, shape)
+    if numbers < m + n:
+        raise ValueError(f"numbers is {numbers!r}; expected {m + n} or more, which is rank 1")
+    return int(min(numbers // (m + n), m, n))
+
+
+# ------------------------------------------------------------------ many weights
+
+
+class Tucker(NamedTuple):
+    """A tensor as a small core and one matrix for each axis: t ≈ core ×₁ U₁ ×₂ U₂ …"""
+
+    core: np.ndarray  # (r_1, …, r_N)
+    factors: tuple  # of (n_k, r_k), with orthonormal columns
+
+    @property
+    def size(self):
+        """How many numbers are stored."""
+        return self.core.size + sum(u.size for u in self.factors)
+
+    def dense(self):
+        """The tensor that it stands for, (n_1, …, n_N)."""
+        return _project(self.core, [u.T for u in self.factors])
+
+
+def _project(t, factors, but=None):
+    """`t` times Uᵀ along every axis (but one): n_k -> r_k for factors (n_k, r_k)."""
+    for k, u in enumerate(factors):
+        if k != but:
+            t = np.moveaxis(np.tensordot(t, u, (k, 0)), -1, k)
+    return t
+
+
+def _leading(t, k, r):
+    """The r leading directions of axis k: (n_k, r)."""
+    return _left(np.moveaxis(t, k, 0).reshape(t.shape[k], -1), r)  # (n_k, all the rest)
+
+
+def hosvd(t, ranks):
+    """Cut every axis down to its leading directions, each found on its own: a `Tucker`.
+
+    The squared error is at most the sum over the axes of what each of them cuts off, so the
+    error is at most √N times the least there is.
+
+    Source: De Lathauwer, De Moor & Vandewalle 2000, "A multilinear SVD", section 4.
+    """
+    return tucker(t, ranks, iterations=0)
+
+
+def tucker(t, ranks, iterations=10):
+    """Start from `hosvd`, then improve one axis at a time, given the others (HOOI).
+
+    No step makes the error larger, so the result is never worse than that of `hosvd`; it need
+    not be the best there is.
+
+    Args:
+        t: (n_1, …, n_N), N ≥ 2. ranks: N whole numbers, r_k from 1 to n_k.
+        iterations: how many times to go over all axes.
+
+    Source: De Lathauwer et al. 2000, "On the best rank-1 and rank-(R1, …, RN) approximation";
+    Kolda & Bader 2009, "Tensor decompositions and applications", figure 4.4.
+    """
+    if len(ranks) != t.ndim or not all(1 <= r <= n for r, n in zip(ranks, t.shape, strict=True)):
+        raise ValueError(f"ranks is {ranks}; expected whole numbers from 1 to those of {t.shape}")
+    t, dtype = t.astype(np.float64), t.dtype
+    factors = [_leading(t, k, r) for k, r in enumerate(ranks)]
+    for _ in range(iterations):
+        for k, r in enumerate(ranks):
+            factors[k] = _leading(_project(t, factors, but=k), k, r)
+    core = _project(t, factors)  # (n_1, …) -> (r_1, …)
+    return Tucker(core.astype(dtype), tuple(u.astype(dtype) for u in factors))
+
+
+def tensor_train(t, ranks):
+    """A chain of three-way cores: t[i, j, …] ≈ G_1[:, i] G_2[:, j] …, a product of matrices.
+
+    Each step truncates the matrix of all axes so far by all that are left. The squared error is
+    the sum of the squares cut off, at most √(N − 1) times the least error there is.
+
+    Args:
+        t: (n_1, …, n_N), N ≥ 2.
+        ranks: N − 1 whole numbers, r_k from 1 to min(r_{k−1} · n_k, n_{k+1} · … · n_N), r_0 = 1.
+
+    Returns:
+        A list of N cores (r_{k−1}, n_k, r_k), r_0 = r_N = 1; all but the last have orthonormal
+        columns as matrices (r_{k−1} · n_k, r_k).
+
+    Source: Oseledets 2011, "Tensor-train decomposition", theorem 2.2 and algorithm 1.
+    """
+    rest, (*shape, last), cores, before = t.astype(np.float64), t.shape, [], 1
+    for n, r in zip(shape, ranks, strict=True):
+        rest = rest.reshape(before * n, -1)  # -> (r_{k−1} · n_k, all that is left)
+        u, s, vt = np.linalg.svd(rest, full_matrices=False)
+        cores.append(u[:, :r].reshape(before, n, r).astype(t.dtype))
+        rest, before = s[:r, None] * vt[:r], r  # (r_k, all that is left)
+    return [*cores, rest.reshape(before, last, 1).astype(t.dtype)]
+
+
+def tt_dense(cores):
+    """The tensor (n_1, …, n_N) that cores (r_{k−1}, n_k, r_k) stand for, r_0 = r_N = 1."""
+    t = cores[0]
+    for core in cores[1:]:
+        t = np.tensordot(t, core, 1)  # (1, n_1, …, r) · (r, n_k, r_k) -> (1, n_1, …, n_k, r_k)
+    return t[0, ..., 0]

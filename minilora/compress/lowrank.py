@@ -7,8 +7,7 @@ import numpy as np
 from .. import ops
 from ..nn import Linear, Parameter
 from ..surgery import as_patterns, plain, put_all
-from .factor import rank_for_energy, root_of, truncated_svd, weighted_svd
-from .tensors import tucker
+from .factor import rank_for_energy, root_of, truncated_svd, tucker, weighted_svd
 
 # ------------------------------------------------------------------ layers
 
@@ -19,16 +18,13 @@ class LowRankLinear(Linear):
     Args:
         left, right: arrays (d_out, r) and (r, d_in), as `truncated_svd` gives them.
         bias: an array (d_out,) or None.
-
-    Raises:
-        ValueError: if the shapes do not fit one another.
     """
 
     def __init__(self, left, right, bias=None):
-        if np.ndim(left) != 2 or np.ndim(right) != 2 or left.shape[1] != right.shape[0]:
+        shapes = left.shape, right.shape, left.shape[:1] if bias is None else bias.shape
+        if [len(s) for s in shapes] != [2, 2, 1] or shapes[0] != (*shapes[2], shapes[1][0]):
             raise ValueError(
-                f"left has shape {np.shape(left)}, right {np.shape(right)}; expected (d_out, r) "
-                "and (r, d_in)"
+                f"left, right, bias have {shapes}; expected (d_out, r), (r, d_in), (d_out,)"
             )
         self.left, self.right = Parameter(left), Parameter(right)
         self.bias = None if bias is None else Parameter(bias)
@@ -52,13 +48,7 @@ class LowRankLinear(Linear):
 
     @classmethod
     def restore(cls, arrays, config, dtype):
-        """The layer that `arrays()` came from, in a dtype.
-
-        Raises:
-            ValueError: if an array is missing, unknown, or does not fit the others.
-        """
-        if not {"left", "right"} <= arrays.keys() <= {"left", "right", "bias"}:
-            raise ValueError(f"arrays are {sorted(arrays)}; expected left, right and perhaps bias")
+        """The layer that `arrays()` came from, in a dtype; an error if they do not fit."""
         return cls(**{name: a.astype(dtype) for name, a in arrays.items()})
 
     def forward(self, x):
@@ -78,29 +68,13 @@ class TuckerLinear(Linear):
         mix, core, left, right: `Parameter`s (n, r1), (r1, r2, r3), (d_out, r2) and (r3, d_in).
             The n layers hold the same four, so these count once and learn from all.
         bias: an array (d_out,) or None; of this layer alone.
-
-    Raises:
-        ValueError: if the shapes do not fit one another, or `i` is out of range.
     """
 
+    shape = LowRankLinear.shape
+
     def __init__(self, i, mix, core, left, right, bias=None):
-        shapes = [p.shape for p in (mix, core, left, right)]
-        if [len(s) for s in shapes] != [2, 3, 2, 2] or core.shape != (
-            mix.shape[1],
-            left.shape[1],
-            right.shape[0],
-        ):
-            raise ValueError(
-                f"mix, core, left, right have shapes {shapes}; expected (n, r1), (r1, r2, r3), "
-                "(d_out, r2), (r3, d_in)"
-            )
         self.i, self.mix, self.core, self.left, self.right = i, mix, core, left, right
         self.bias = None if bias is None else Parameter(bias)
-
-    @property
-    def shape(self):
-        """(d_out, d_in) of the weight."""
-        return self.left.shape[0], self.right.shape[1]
 
     def dense(self):
         """The weight that the factors stand for, a plain array (d_out, d_in)."""
@@ -116,11 +90,9 @@ class TuckerLinear(Linear):
 
     def __repr__(self):
         n, (_, r2, r3) = len(self.mix), self.core.shape
+        sizes = f"{self.d_in} -> {r3} -> {r2} -> {self.d_out}"
         bias = "" if self.bias is not None else ", no bias"
-        return (
-            f"TuckerLinear({self.d_in} -> {r3} -> {r2} -> {self.d_out}{bias}, {self.i} of {n} "
-            "that share)"
-        )
+        return f"TuckerLinear({sizes}{bias}, {self.i} of {n} that share)"
 
 
 # ------------------------------------------------------------------ recipes
@@ -169,7 +141,7 @@ def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
     Together they hold n·r1 + r1·r2·r3 + d_out·r2 + r3·d_in numbers beside their biases.
 
     Args:
-        model: changed in place; the factors train if the first weight did.
+        model: changed in place; the factors train if the weights did.
         ranks: (r1, r2, r3), for layers, outputs and inputs.
         targets: one pattern or several for plain linear layers, stacked in the model's order.
 
@@ -177,6 +149,8 @@ def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
     """
     layers = plain(model, targets)
     weights = [layer.weight for layer in layers.values()]
+    if len({(w.shape, w.requires_grad) for w in weights}) > 1:
+        raise ValueError("targets: layers differ in shape, or some are frozen; expected all alike")
     found = tucker(np.stack([w.data for w in weights]), ranks)  # of (n, d_out, d_in)
     mix, left, right = found.factors
     shared = [

@@ -3,31 +3,32 @@
 import numpy as np
 
 from ..nn import Linear, Module
-from ..surgery import find, plain, put_all
+from ..surgery import find, plain
 from ..tensor import no_grad
 
 
-class _Spy(Module):
-    """Stands in for a layer, and shows what enters and what leaves."""
-
-    def __init__(self, layer, see):
-        self.layer, self.see = layer, see
-
-    def forward(self, x):
-        y = self.layer(x)
-        self.see(x.data.astype(np.float64), y.data.astype(np.float64))
-        return y
-
-
 def watch(model, inputs, modules, see):
-    """Run the model once, and call `see(name, x, y)` for each of the `modules`, by name."""
-    spies = {n: _Spy(m, lambda x, y, n=n: see(n, x, y)) for n, m in modules.items()}
+    """Run the model once; `see(name, x, y)` is given the arrays that enter and leave each module.
+
+    No module is replaced: each gets a `forward` of its own that looks on, taken off at the end.
+    """
+
+    def spy(name, forward):
+        def spied(x):
+            y = forward(x)
+            see(name, x.data, y.data)
+            return y
+
+        return spied
+
     try:
-        put_all(model, spies)
+        for name, module in modules.items():
+            module.forward = spy(name, module.forward)
         with no_grad():
             model(inputs)
     finally:
-        put_all(model, modules)
+        for module in modules.values():
+            vars(module).pop("forward", None)
 
 
 def observe(model, inputs, targets="blocks.*"):
@@ -37,17 +38,21 @@ def observe(model, inputs, targets="blocks.*"):
     E = W − Ŵ and C this matrix. So it serves truncation, quantisation and pruning alike.
 
     Args:
-        model: left as it was. inputs: token ids (N, T), run in one pass.
+        model: without adapters or masks, which `merge` takes in; left as it was.
+        inputs: token ids (N, T), run in one pass.
         targets: one pattern or several for linear layers.
 
     Returns:
         Layer names to arrays (d_in, d_in), float64.
     """
-    found = {}
+    plain(model, "*", Module, ties=True)  # with a wrapper, names would be those of its base
+    totals, rows = {}, {}
 
     def see(name, x, y):
-        rows = x.reshape(-1, x.shape[-1])  # (…, d_in) -> (N, d_in)
-        found[name] = rows.T @ rows / len(rows)
+        x = x.reshape(-1, x.shape[-1]).astype(np.float64)  # (…, d_in) -> (N, d_in)
+        totals[name] = totals.get(name, 0) + x.T @ x  # (d_in, d_in)
+        rows[name] = rows.get(name, 0) + len(x)
 
-    watch(model, inputs, plain(model, targets, (Linear,)), see)
-    return {name: found[name] for name in find(model, targets, Linear)}
+    layers = find(model, targets, Linear)
+    watch(model, inputs, layers, see)
+    return {name: totals[name] / rows[name] for name in layers}

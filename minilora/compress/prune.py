@@ -1,36 +1,245 @@
-"""Pruning neurons and heads (smaller matrices) and blocks (fewer of them): what saves time too.
+"""Pruning: connections (a mask), neurons and heads (smaller matrices), blocks (fewer of them).
 
-In each case the lowest scores go, and of equal ones those that come first.
+A mask saves bytes in a file and no time; what is cut out saves both. In each case the lowest
+scores go, and of equal ones those that come first.
 """
+
+from math import prod
 
 import numpy as np
 
-from ..nn import Linear
-from ..surgery import find, like, plain, wrappers
-from .masks import _lowest
+from .. import ops
+from ..nn import Linear, Module
+from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
+from .factor import make_up
 from .observe import watch
+
+# ------------------------------------------------------------------ which to keep
+
+
+def _lowest(score, n):
+    """Where the `n` smallest of each row are, and of equals the first: (…, m) to booleans."""
+    if n == 0:
+        return np.zeros(score.shape, bool)
+    cut = np.partition(score, n - 1, axis=-1)[..., n - 1 : n]  # (…, 1), the n-th smallest
+    below, at = score < cut, score == cut
+    room = n - below.sum(axis=-1, keepdims=True, dtype=np.int64)
+    return below | (at & (at.cumsum(axis=-1, dtype=np.int64) <= room))
+
+
+def _drop(score, sparsity, scope="row"):
+    """Where the lowest share is, of each row, of all, or of each `scope` neighbours in a row."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity!r}; expected a share from 0 up to, not at, 1")
+    d_in = score.shape[-1]
+    if scope not in ("row", "layer") and d_in % scope:
+        raise ValueError(f"scope is {scope}; expected a divisor of d_in = {d_in}")
+    size = {"row": d_in, "layer": score.size}.get(scope, scope)
+    groups = score.reshape(-1, size)  # (…, d_in) -> (groups, size)
+    return _lowest(groups, round(sparsity * size)).reshape(score.shape)
+
+
+def magnitude_mask(w, sparsity):
+    """Keep the weights that are farthest from zero: the least squared error for so many zeros.
+
+    Args:
+        w: an array of any shape.
+        sparsity: the share of zeros, from 0 up to, not at, 1.
+
+    Returns:
+        Booleans in the shape of `w`, True = keep, with exactly `round(sparsity * w.size)` False.
+        The masks of one `w` are nested: a higher sparsity only takes more away.
+
+    Source: Han et al. 2015, arXiv 1506.02626, section 3.
+    """
+    return ~_drop(np.abs(w), sparsity, "layer")
+
+
+def _wanda(w, gram):
+    return np.abs(w) * np.sqrt(np.diagonal(gram))  # (d_out, d_in)
+
+
+def wanda_mask(w, gram, sparsity):
+    """Keep, in each row, the weights with the largest |w_j| · ‖x_j‖: size times what it meets.
+
+    If the features of x were uncorrelated, this would be the least mean squared error of each
+    output, Σ w_j² E[x_j²] over what is taken away.
+
+    Args:
+        w: (d_out, d_in).
+        gram: (d_in, d_in), the mean of x xᵀ as `observe` gives it; its diagonal is E[x_j²].
+        sparsity: the share of zeros in each row, from 0 up to, not at, 1.
+
+    Returns:
+        Booleans (d_out, d_in), True = keep, with exactly `round(sparsity * d_in)` False a row.
+
+    Source: Sun et al. 2023, arXiv 2306.11695, section 3.
+    """
+    return ~_drop(_wanda(w, gram), sparsity)
+
+
+def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
+    """Take weights away column by column, those still to come making up for what goes.
+
+    In each 8 columns (or `scope` of them), once their turn comes, the weights go whose removal
+    costs least, (w / U_jj)²: see `make_up`, and `gptq` for the same with rounding. The paper's
+    128 of some thousand columns are about as large a part of a layer.
+
+    Args:
+        w: (d_out, d_in). gram, damping: as for `make_up`.
+        sparsity: the share of zeros, from 0 up to, not at, 1.
+        scope: `"layer"`, or how many neighbours in a row hold this share, as for `sparsify`.
+        kept: booleans (d_out, d_in), False = gone from the start; or True.
+
+    Returns:
+        The weight, (d_out, d_in), with zeros; and booleans, True = kept.
+
+    Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
+    """
+    mask, width = np.broadcast_to(kept, w.shape).copy(), 8 if scope == "layer" else scope
+
+    def settle(j, rest, u):
+        if j % width == 0:
+            at = slice(j, j + width)
+            cost = (rest[at].T / np.diagonal(u)[at]) ** 2  # (d_out, width)
+            mask[:, at] &= ~_drop(np.where(mask[:, at], cost, -1), sparsity, scope)
+        return rest[j] * mask[:, j]
+
+    return make_up(w * mask, gram, settle, damping).astype(w.dtype), mask
+
+
+# ------------------------------------------------------------------ connections
+
+
+class Masked(Wrapper):
+    """A linear layer in which some weights count as zero: h = (mask ⊙ W) x + b.
+
+    Args:
+        base: a plain `Linear`; it stays whole, so a masked weight keeps its value.
+        mask: booleans (d_out, d_in), True = keep. It is no parameter and never trains.
+
+    A masked weight gets a gradient of exactly zero. So a fresh optimiser without weight decay
+    leaves it as it was, bit for bit. One product of the size of W is added to each step.
+    """
+
+    def __init__(self, base, mask):
+        if np.shape(mask) != base.shape:
+            raise ValueError(f"mask has shape {np.shape(mask)}; expected {base.shape}")
+        self.base, self.mask = base, np.array(mask, bool)
+
+    @property
+    def sparsity(self):
+        """The share of weights that are masked, from 0 to 1."""
+        return 1 - np.count_nonzero(self.mask) / self.mask.size
+
+    def dense(self):
+        """The weight that the layer acts with, (d_out, d_in)."""
+        return self.base.dense() * self.mask
+
+    def forward(self, x):
+        w = self.base.weight * self.mask
+        return ops.linear(x, w, self.base.bias)  # (…, d_in) -> (…, d_out)
+
+    def __repr__(self):
+        return f"Masked(sparsity={self.sparsity:.4g}, base={self.base!r})"
+
+
+def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, compensate=False):
+    """Put a mask on the layers whose names match, by |w|, or by |w| · ‖x‖ if `grams` are given.
+
+    On a model that is masked already this prunes further, so that a loop of training and
+    `sparsify` prunes step by step: a mask only ever loses entries, and a sparsity below the one
+    there is changes nothing. `merge` makes plain layers with zeros of it, `detach` lifts the mask.
+
+    Args:
+        model: changed in place; what trains goes on training.
+        sparsity: the share of zeros, from 0 up to, not at, 1, counted from the whole layer.
+        targets: one pattern or several for plain linear layers.
+        scope: this share of what: each `"layer"`; each `"row"`, as Wanda does, and as is done
+            with grams if nothing is said; `"global"`, all layers together, by one threshold; or
+            each so many neighbours in a row: 4 with a sparsity of .5 is the 2:4 of GPUs.
+        grams: what `observe` gave. `observe` wants a plain model: to prune by fresh grams,
+            `merge` first; zeros have the lowest score.
+        compensate: prune by `sparse_gpt`, with grams, by layers or neighbours: the weights that
+            stay change, and `detach` does not bring them back.
+
+    Source: Han et al. 2015, arXiv 1506.02626, section 3; Sun et al. 2023, arXiv 2306.11695.
+    """
+    scope = scope or ("layer" if grams is None or compensate else "row")
+    unfit = compensate and (grams is None or scope in ("row", "global"))
+    if unfit or not (scope in ("row", "layer", "global") or isinstance(scope, int)):
+        raise ValueError(f"scope is {scope!r}; expected 'layer' or a number, 'row', 'global'")
+    on = wrappers(model)
+    if not all(isinstance(wrapper, Masked) for wrapper in on.values()):
+        plain(model, "*", Module, ties=True)  # refuses an adapter
+    with detached(model):
+        layers = plain(model, targets)
+    kept = {name: on[name].mask if name in on else True for name in layers}
+    scores, gone, fresh = {}, {}, {}
+    for name, layer in layers.items():
+        w = layer.weight.data
+        score = np.abs(w) if grams is None else _wanda(w, grams[name])
+        scores[name] = np.where(kept[name], score, -1)  # what is masked stays so
+    if scope == "global":
+        every = np.concatenate([score.reshape(-1) for score in scores.values()])  # (all weights,)
+        ends = np.cumsum([score.size for score in scores.values()], dtype=np.int64)[:-1]
+        gone = dict(zip(layers, np.split(_drop(every, sparsity), ends), strict=True))
+    for name, layer in layers.items():
+        if compensate:
+            w, gram = layer.weight.data, grams[name]
+            w, mask = sparse_gpt(w, gram, sparsity, scope=scope, kept=kept[name])
+            layer = _cut(layer)  # a copy: the old layer stays what it was
+            layer.weight.data[...] = w
+        elif scope == "global":
+            mask = kept[name] & ~gone[name].reshape(layer.shape)  # (n,) -> (d_out, d_in)
+        else:
+            mask = kept[name] & ~_drop(scores[name], sparsity, scope)
+        fresh[name] = Masked(layer, mask)
+    return put_all(model, fresh)
+
+
+def rewind(model, weights):
+    """Set the weights back to an earlier state and keep the masks: a lottery ticket.
+
+    Args:
+        model: with or without masks; changed in place.
+        weights: names in the plain model to arrays, such as
+            `{name: p.data.copy() for name, p in model.named_parameters()}` before `sparsify`.
+
+    Source: Frankle & Carbin 2019, arXiv 1803.03635, section 1.
+    """
+    own = {name.replace(".base.", "."): p.data for name, p in model.named_parameters()}
+    for name, data in own.items():
+        if weights[name].shape != data.shape or np.may_share_memory(weights[name], data):
+            raise ValueError(f"{name} is the model's own array, or does not fit; expected a copy")
+    for name, data in own.items():
+        data[...] = weights[name]
+    return model
+
 
 # ------------------------------------------------------------------ neurons and heads
 
 
-def _how_many(keep, n, what):
+def _whole(model, targets, parts):
+    """The modules that have these parts, all of whose linear layers are plain and their own."""
+    found = find(model, targets, parts)
+    plain(model, [f"{name}.*" for name in found])
+    return found
+
+
+def _how_many(keep, n):
     """`keep`, a share (a float) or a whole number, as a whole number from 1 to `n`."""
     kept = round(keep * n) if isinstance(keep, float) else keep
-    if isinstance(keep, bool) or kept not in range(1, n + 1):
-        raise ValueError(f"keep is {keep!r}; expected 1 to {n}, the {what}, or a share up to 1.0")
-    return kept
+    if kept not in range(1, n + 1) or keep is True:
+        raise ValueError(f"keep is {keep!r}; expected 1 to {n}, or a share that leaves one or more")
+    return int(kept)
 
 
-def _rows(layer, rows):
-    """The layer with these of its outputs."""
-    bias = None if layer.bias is None else layer.bias.data[rows]
-    return like(layer, Linear.of(layer.weight.data[rows], bias))  # (d_out, d_in) -> (kept, d_in)
-
-
-def _columns(layer, columns):
-    """The layer with these of its inputs."""
-    weight = np.take(layer.weight.data, columns, axis=1)  # (d_out, d_in) -> (d_out, kept)
-    return like(layer, Linear.of(weight, None if layer.bias is None else layer.bias.data.copy()))
+def _cut(layer, rows=slice(None), columns=slice(None)):
+    """The layer with some of its outputs, or some of its inputs."""
+    weight = np.array(layer.weight.data[rows][:, columns], order="C")  # (d_out, d_in), smaller
+    bias = None if layer.bias is None else layer.bias.data[rows].copy()
+    return like(layer, Linear.of(weight, bias))
 
 
 def _squares(w, axis):
@@ -46,24 +255,25 @@ def prune_neurons(model, keep, targets="blocks.*.mlp", *, grams=None):
     Args:
         model: changed in place; new layers train where the old ones did.
         keep: how many neurons of each MLP, from 1, or a share: 1 is one neuron, 1.0 all of them.
-        targets: one pattern or several for `MLP` modules.
+        targets: one pattern or several for modules with `up` and `down`. A `gate` beside `up`
+            is cut, and scored, like it.
         grams: what `observe` gave; the one of `<name>.down` is used.
 
     Source: Li et al. 2017, arXiv 1608.08710, section 3.1, who score filters by their norm.
     """
-    fresh = []
-    for name, mlp in plain(model, targets, "up down").items():
-        kept = _how_many(keep, mlp.up.d_out, "neurons")
-        if grams is None:
-            score = _squares(mlp.up.weight.data, 1)  # (n, d) -> (n,)
-        else:
-            score = np.diagonal(grams[f"{name}.down"])
-        score = score * _squares(mlp.down.weight.data, 0)  # (d, n) -> (n,)
-        stay = np.flatnonzero(~_lowest(score, len(score) - kept))  # (kept,)
-        fresh.append((mlp, _rows(mlp.up, stay), _columns(mlp.down, stay)))
-    for mlp, up, down in fresh:
-        mlp.up, mlp.down = up, down
-    return model
+    fresh = {}
+    for name, mlp in _whole(model, targets, "up down").items():
+        score = _squares(mlp.down.weight.data, 0)  # (d, n) -> (n,)
+        inner = [part for part in ("gate", "up") if hasattr(mlp, part)]
+        for part in inner if grams is None else ():
+            score = score * _squares(getattr(mlp, part).weight.data, 1)  # (n, d) -> (n,)
+        if grams is not None:
+            score = score * np.diagonal(grams[f"{name}.down"])
+        lost = _lowest(score, len(score) - _how_many(keep, len(score)))
+        stay = np.flatnonzero(~lost)  # (kept,)
+        fresh |= {f"{name}.{part}": _cut(getattr(mlp, part), rows=stay) for part in inner}
+        fresh[f"{name}.down"] = _cut(mlp.down, columns=stay)
+    return put_all(model, fresh)
 
 
 def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
@@ -71,21 +281,22 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
 
     Head h adds O_h a_h to the output, with a_h its mix of values. It scores ‖O_h‖ · ‖V_h‖, or
     with grams the root mean square of what it adds, √tr(O_h C_h O_hᵀ) with C_h = E[a_h a_hᵀ].
-    Each head costs 4·d·d_head weights and 3·d_head biases. `model.config` keeps the number of
-    heads that decided d_head.
+    Each head costs 4·d·d_head weights and 3·d_head biases.
 
     Args:
         model: changed in place; new layers train where the old ones did.
         keep: how many heads of each layer, from 1, or a share: 1 is one head, 1.0 all of them.
-        targets: one pattern or several for `Attention` modules.
+        targets: one pattern or several for modules with `q`, `k`, `v`, `o` and `n_head`.
         grams: what `observe` gave; the one of `<name>.o` is used.
 
     Source: Michel et al. 2019, arXiv 1905.10650, who score heads by gradients instead.
     """
-    fresh = []
-    for name, attn in plain(model, targets, "q k v o n_head").items():
+    fresh, counts = {}, []
+    for name, attn in _whole(model, targets, "q k v o n_head").items():
         heads, size = attn.n_head, attn.o.d_in // attn.n_head
-        kept = _how_many(keep, heads, "heads")
+        if attn.k.d_out != attn.q.d_out:
+            raise ValueError(f"{name}: several heads of q share one of k; they cannot be pruned")
+        kept = _how_many(keep, heads)
         o = attn.o.weight.data.reshape(-1, heads, size)  # (d, H·s) -> (d, H, s)
         if grams is None:
             v = attn.v.weight.data.reshape(heads, size, -1)  # (H·s, d) -> (H, s, d)
@@ -97,11 +308,12 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
             score = np.einsum("hoi,hoi->h", o @ c, o)  # (H,)
         stay = np.flatnonzero(~_lowest(score, heads - kept))  # (kept,)
         at = (stay[:, None] * size + np.arange(size)).reshape(-1)  # (kept, s) -> (kept·s,)
-        rows = {part: _rows(getattr(attn, part), at) for part in "qkv"}
-        fresh.append((attn, rows | {"o": _columns(attn.o, at), "n_head": kept}))
-    for attn, parts in fresh:
-        vars(attn).update(parts)
-    return model
+        fresh |= {f"{name}.{part}": _cut(getattr(attn, part), rows=at) for part in "qkv"}
+        fresh[f"{name}.o"] = _cut(attn.o, columns=at)
+        counts.append((attn, kept))
+    for attn, kept in counts:
+        attn.n_head = kept
+    return put_all(model, fresh)
 
 
 # ------------------------------------------------------------------ blocks
@@ -124,6 +336,7 @@ def block_similarity(model, inputs):
     found = []
 
     def see(name, a, b):  # (B, T, d) both
+        a, b = a.astype(np.float64), b.astype(np.float64)
         lengths = np.sqrt(_squares(a, -1) * _squares(b, -1))  # (B, T)
         dot = np.einsum("btd,btd->bt", a, b)
         found.append(np.mean(dot / np.where(lengths, lengths, 1)))  # a zero has cosine 0
@@ -133,16 +346,65 @@ def block_similarity(model, inputs):
 
 
 def drop_blocks(model, which):
-    """Take whole blocks out of a `Transformer`, and keep its `config["n_layer"]` right.
+    """Take whole blocks out of a `Transformer`.
 
     Args:
         model: changed in place.
-        which: one index or several, from 0, each once.
+        which: one index or several, from 0; one block at least must be left.
 
     Source: Men et al. 2024, arXiv 2403.03853, section 3.
     """
-    which, n = {which} if isinstance(which, int) else set(which), len(model.blocks)
-    if wrappers(model) or not which < set(range(n)):
-        raise ValueError(f"which is {which}; expected some of 0 to {n - 1}, on a plain model")
+    plain(model, "*", Module, ties=True)  # no wrapper
+    which, n = set(np.atleast_1d(which).tolist()), len(model.blocks)
+    if not which < set(range(n)):
+        raise ValueError(f"which is {which}; expected some, not all, of 0 to {n - 1}")
     model.blocks = [block for i, block in enumerate(model.blocks) if i not in which]
     return model
+
+
+# ------------------------------------------------------------------ sparse forms, for a file
+
+
+def to_bitmap(w):
+    """A bit for each of n weights, set where it is not zero, uint8 (⌈n / 8⌉,), and those weights.
+
+    The first weight is in the highest bit, as `np.packbits` does. Only the sign of -0.0 is lost.
+    """
+    flat = np.asarray(w).reshape(-1)  # (…) -> (n,)
+    return np.packbits(flat != 0), flat[flat != 0]
+
+
+def from_bitmap(bits, values, shape):
+    """The array of this shape that `to_bitmap` packed; an error if they do not fit."""
+    at, n = np.flatnonzero(np.unpackbits(bits)), prod(shape)
+    if bits.shape != (-(-n // 8),) or at.shape != values.shape or (at >= n).any():
+        raise ValueError(
+            f"the bits or the values do not fit shape {shape}; expected a bit a weight"
+        )
+    return from_indices(at, values, shape)
+
+
+def to_indices(w):
+    """Where the weights that are not zero stand in the flattened array, and those weights.
+
+    Places have the smallest unsigned dtype that holds n - 1. With 16 bits this is smaller than a
+    bitmap if fewer than one weight in 16 is left.
+    """
+    flat = np.asarray(w).reshape(-1)  # (…) -> (n,)
+    at = np.flatnonzero(flat)  # (nnz,)
+    return at.astype(np.min_scalar_type(max(flat.size - 1, 0))), flat[at]
+
+
+def from_indices(indices, values, shape):
+    """The array of this shape that `to_indices` packed."""
+    w = np.zeros(shape, values.dtype)
+    w.reshape(-1)[indices] = values
+    return w
+
+
+def break_even_sparsity(bits):
+    """The share of zeros beyond which a bitmap is smaller than the dense array: 1 / bits.
+
+    The bitmap costs a bit for every weight, and each zero saves the `bits` of one.
+    """
+    return 1 / bits

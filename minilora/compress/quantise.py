@@ -1,38 +1,50 @@
 """Quantisation: weights as a few bits each, and the scales that give them their size back.
 
 How it goes: the weights are cut into blocks, each block is divided by its scale, each quotient
-becomes the code of a level near it, and the codes are packed. `dequantise` goes back.
+becomes the code of the level nearest to it, and the codes are packed. `dequantise` goes back.
+All of it is done in float64, so that a float32 model and its float64 copy have the same codes.
 """
 
 from functools import cache
+from math import prod
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
-KINDS = ("symmetric", "affine", "nf4", "levels")
-TINY = np.finfo(np.float32).tiny  # the smallest scale: 1 / scale is finite, zeros need no care
+from .factor import make_up
+
+KINDS = ("symmetric", "affine", "nf4", "levels", "mxfp4", "nvfp4")
+TINY = float(np.finfo(np.float32).tiny)  # the smallest step: a block of zeros needs no care
+LIMIT = float(np.finfo(np.float32).max) / 4  # above any weight: no scale or zero overflows
 
 
 class Quantised(NamedTuple):
     """Packed codes and what restores them. `quantise` makes one and `dequantise` reads it."""
 
     packed: np.ndarray  # uint8, ceil(n · bits / 8)
-    scale: Any  # float32, one a block; with double quantisation a Quantised of (scale − mean)
+    # float32, one a block; with double quantisation a Quantised of (scale − mean); for FP4 uint8
+    scale: Any
     shape: tuple  # of the weights
     bits: int
     block: Any  # None, "row" or how many weights
     kind: str  # one of KINDS
     zero: Any = None  # affine: float32, what code 0 stands for in each block
     levels: Any = None  # a codebook: float32, increasing
-    mean: Any = None  # double quantisation: float32 (1,), the mean scale
+    mean: Any = None  # float32 (1,); double quantisation: the mean scale; NVFP4: that of all
+
+    def settings(self):
+        """The settings of `quantise` that gave this, but for a codebook's levels."""
+        double = isinstance(self.scale, Quantised)
+        return {"bits": self.bits, "block": self.block, "kind": self.kind, "double": double}
 
     def arrays(self):
         """All arrays by name, for a file: codes, scale (with double, scale.codes …), zero …"""
-        double = {} if self.mean is None else self.scale.arrays()
+        scale = {"scale": self.scale}
+        if isinstance(self.scale, Quantised):
+            scale = {f"scale.{name}": a for name, a in self.scale.arrays().items()}
         found = {"codes": self.packed, "zero": self.zero, "levels": self.levels, "mean": self.mean}
-        found |= {f"scale.{k}": a for k, a in double.items()} or {"scale": self.scale}
-        return {name: a for name, a in found.items() if a is not None}
+        return {name: a for name, a in (found | scale).items() if a is not None}
 
     @property
     def nbytes(self):
@@ -42,45 +54,59 @@ class Quantised(NamedTuple):
     @property
     def bits_per_weight(self):
         """8 · nbytes over the number of weights."""
-        return 8 * self.nbytes / np.prod(self.shape)
+        return 8 * self.nbytes / prod(self.shape)
 
     def scales(self):
         """One scale for each block, float32 (blocks,): for uniform kinds, the step."""
-        if self.mean is None:
-            return self.scale
-        return np.maximum(dequantise(self.scale) + self.mean, 0)
+        if isinstance(self.scale, Quantised):
+            return np.maximum(dequantise(self.scale) + self.mean, 0)
+        if self.scale.dtype == np.uint8:  # FP8: no mantissa, or three bits of it
+            scale = (E8M0 if self.mean is None else E4M3).take(self.scale, mode="clip")
+            return scale if self.mean is None else scale * self.mean
+        return self.scale
 
     def spread(self, each):
-        """A number for each block, (blocks,), as one for each weight, (n,)."""
-        n = int(np.prod(self.shape))
-        return np.repeat(each, block_size(self.shape, self.block))[:n]
+        """A number for each block, (blocks,), as one for each weight, in the weights' shape."""
+        size = block_size(self.shape, self.block)
+        return np.repeat(each, size)[: prod(self.shape)].reshape(self.shape)
 
 
 # ------------------------------------------------------------------ packing
 
 
+def _gaps(bits):
+    """Three steps that bring the codes in a 64-bit word together: twos, then fours, then eights.
+
+    Each is (how far, the lower one of all neighbours, the upper one), the latter two as masks.
+    """
+    for lane in (8, 16, 32):
+        used = bits * lane // 8
+        low = sum(((1 << used) - 1) << at for at in range(0, 64, 2 * lane))
+        yield np.uint64(lane - used), np.uint64(low), np.uint64(low << used)
+
+
 def pack(codes, bits):
     """Codes from 0 to 2^bits − 1 as a string of bits, the first code in the lowest bits: uint8.
 
-    Eight codes are exactly `bits` bytes, and one 64-bit word has room for them.
+    Eight codes, one a byte, are one 64-bit word. Three shifts close the gaps between them, for
+    all words at once, and `bits` bytes of each word are left.
     """
-    codes = np.asarray(codes).ravel()
-    words = np.pad(codes, (0, -codes.size % 8)).reshape(-1, 8).astype("<u8")  # (m, 8)
-    words = np.bitwise_or.reduce(words << _places(bits), axis=1)  # (m,)
-    used = words.view(np.uint8).reshape(-1, 8)[:, :bits]  # (m, bits)
-    return used.ravel()[: -(-codes.size * bits // 8)]
+    codes = np.asarray(codes).ravel().astype(np.uint8)
+    words = np.pad(codes, (0, -codes.size % 8)).view("<u8")  # (8 m,) -> (m,)
+    for shift, low, high in _gaps(bits):
+        words = words & low | words >> shift & high
+    packed = words.view(np.uint8).reshape(-1, 8)[:, :bits]  # (m, 8) -> (m, bits)
+    return packed.ravel()[: -(-codes.size * bits // 8)]
 
 
 def unpack(packed, bits, n):
     """The `n` codes (uint8) that `pack` made these bytes of."""
     words = np.zeros((-(-n // 8), 8), np.uint8)
     words[:, :bits] = np.pad(packed, (0, len(words) * bits - packed.size)).reshape(-1, bits)
-    codes = words.view("<u8") >> _places(bits) & np.uint64((1 << bits) - 1)  # (m, 1) -> (m, 8)
-    return codes.astype(np.uint8).ravel()[:n]
-
-
-def _places(bits):
-    return np.arange(0, 8 * bits, bits, dtype="<u8")
+    words = words.view("<u8")  # (m, 8) -> (m, 1)
+    for shift, low, high in reversed([*_gaps(bits)]):
+        words = words & low | (words & high) << shift
+    return words.view(np.uint8).ravel()[:n]
 
 
 # ------------------------------------------------------------------ levels
@@ -102,6 +128,23 @@ def nf4_levels():
     levels = np.array(sorted([*above, 0.0, *below])) / max(above)
     levels.flags.writeable = False  # `cache` hands the same array to all
     return levels
+
+
+def small_floats(exponent, mantissa):
+    """The floats without a sign of so many bits, in the order of their codes, float64.
+
+    With a mantissa the lowest exponent is that of the numbers below normal, zero among them.
+
+    Source: Micikevicius et al. 2022, arXiv 2209.05433; Rouhani et al. 2023, arXiv 2310.10537.
+    """
+    e, m = np.divmod(np.arange(1 << exponent + mantissa), 1 << mantissa)
+    low = (e == 0) & (mantissa > 0)
+    power = np.where(low, 1, e) - float((1 << exponent - 1) - 1)
+    return (m / (1 << mantissa) + ~low) * 2**power
+
+
+# Two kinds of FP8, for scales; the last code of each is not a number.
+E8M0, E4M3 = (small_floats(*bits)[:-1].astype(np.float32) for bits in ((8, 0), (4, 3)))
 
 
 def kmeans_levels(w, k, iterations=30):
@@ -130,19 +173,28 @@ def kmeans_levels(w, k, iterations=30):
     return np.unique(levels)
 
 
+def level_set(bits, kind, levels=None):
+    """What the codes stand for, in units of the scale, and over the zero: increasing, float64."""
+    if kind == "symmetric":
+        top = (1 << bits - 1) - 1
+        return np.arange(-top, top + 1.0) if top else np.array([-1.0, 1.0])
+    if kind == "affine":
+        return np.arange(float(1 << bits))
+    if kind in ("mxfp4", "nvfp4"):
+        positive = small_floats(2, 1)
+        return np.concatenate([-positive[:0:-1], positive])  # 0, .5, 1, 1.5, 2, 3, 4, 6
+    return nf4_levels() if kind == "nf4" else levels.astype(np.float64)
+
+
 def nearest(x, levels):
-    """The index of the level nearest each number of `x`, of two equally near the lower: uint8."""
-    middle = ((levels[1:] + levels[:-1]) / 2).astype(x.dtype)
-    return np.searchsorted(middle, x).astype(np.uint8)
-
-
-def level_set(bits, kind, levels):
-    """The levels of a codebook, or None for a uniform grid."""
-    if kind == "nf4":
-        return nf4_levels()
-    if kind == "symmetric" and bits == 1:
-        return np.array([-1.0, 1.0])
-    return levels
+    """The index of the level nearest each number of `x`, uint8; halfway, that of either."""
+    if (np.diff(levels) == 1).all():  # a uniform grid
+        x = x - levels[0]
+        return np.clip(np.rint(x, out=x), 0, len(levels) - 1, out=x).astype(np.uint8)
+    codes = np.zeros(x.shape, np.uint8)
+    for middle in (levels[1:] + levels[:-1]) / 2:  # for a few levels faster than a search
+        codes += x > middle
+    return codes
 
 
 # ------------------------------------------------------------------ there and back
@@ -150,47 +202,55 @@ def level_set(bits, kind, levels):
 
 def block_size(shape, block):
     """How many weights share a scale."""
-    n = int(np.prod(shape))
-    return {None: n, "row": n // shape[0]}.get(block) or min(block, n)
+    if block in (None, "row"):
+        return prod(shape[1:]) if block else prod(shape)
+    if not (block >= 1 and block % 1 == 0):
+        raise ValueError(f"block is {block!r}; expected None, 'row' or a whole number from 1")
+    return min(int(block), prod(shape))
 
 
-def _scales(flat, size, bits, kind):
-    """(scale, zero) for each block, float32 (blocks,); zero is None but for affine."""
-    starts = np.arange(0, flat.size, size)  # `reduceat` takes a short last block as it comes
+def _scales(w, starts, bits, kind, top):
+    """(scale, zero) of the blocks of w (n,), float32 (blocks,); zero is None but for affine."""
     if kind == "affine":
-        zero = np.minimum.reduceat(flat, starts).astype(np.float32)
-        scale = (np.maximum.reduceat(flat, starts) - zero) / ((1 << bits) - 1)
+        zero = np.minimum.reduceat(w, starts).astype(np.float32)
+        scale = (np.maximum.reduceat(w, starts) - zero) / top
         return np.maximum(scale, TINY).astype(np.float32), zero
-    size_of = np.abs(flat, dtype=np.float64)
     if kind == "symmetric" and bits == 1:
-        count = np.diff(np.append(starts, flat.size))
-        return (np.add.reduceat(size_of, starts) / count).astype(np.float32), None
-    scale = np.maximum.reduceat(size_of, starts)
-    if kind == "symmetric":
-        scale /= (1 << bits - 1) - 1
+        scale = np.add.reduceat(np.abs(w), starts) / np.diff(starts, append=w.size)
+        return scale.astype(np.float32), None  # no grid: zeros must stay zeros
+    most = np.maximum.reduceat(np.abs(w), starts)
+    scale = most / top
+    if kind == "mxfp4":  # the power of two of which `most` is from 4 to 8, though 6 is the top
+        scale = np.ldexp(1.0, np.frexp(most)[1] - 3)
     return np.maximum(scale, TINY).astype(np.float32), None
 
 
-def _middle(bits, kind):
-    """The code of zero in a uniform grid."""
-    return 0 if kind == "affine" else (1 << bits - 1) - 1
+def _coded(q, w, grid):
+    """The same with the codes of the weights w, float64."""
+    x = w if q.zero is None else w - q.spread(q.zero)
+    x = x * q.spread(1 / np.maximum(q.scales().astype(np.float64), TINY))
+    return q._replace(packed=pack(nearest(x, grid), q.bits))
 
 
-def round_codes(x, bits, kind, levels):
-    """The codes (uint8) of the levels nearest to `x`, weights over their scales."""
-    found = level_set(bits, kind, levels)
-    if found is not None:
-        return nearest(x, found)
-    middle = _middle(bits, kind)
-    top = 2 * middle or (1 << bits) - 1
-    return np.clip(x + (middle + 0.5), 0, top).astype(np.uint8)  # the cast cuts the fraction off
+def _clipped(q, w, grid, starts):
+    """The same, each block's range cut, around its middle, to the share that errs least."""
+    best, least = q, np.inf
+    for share in (1, 2, 0.5) if q.kind == "mxfp4" else np.linspace(1, 0.3, 15):
+        cut = None if q.zero is None else q.zero + q.scale * np.float32((1 - share) / 2 * grid[-1])
+        tried = _coded(q._replace(scale=q.scale * np.float32(share), zero=cut), w, grid)
+        errors = np.square(dequantise(tried, np.float64) - w).reshape(-1)
+        errors = np.add.reduceat(errors, starts)  # (n,) -> (blocks,)
+        scale = np.where(errors < least, tried.scale, best.scale)
+        zero = None if q.zero is None else np.where(errors < least, cut, best.zero)
+        best, least = q._replace(scale=scale, zero=zero), np.minimum(errors, least)
+    return best
 
 
-def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, levels=None):
+def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False, levels=None):
     """Round weights to a few levels a block, and pack their codes.
 
     Args:
-        w: float32 or float64 weights, of any shape with an axis.
+        w: weights, of any shape with an axis.
         bits: of a code, from 1 to 8.
         block: how many weights, in row-major order, share a scale (the last block may be
             short); `"row"` for one scale per output channel, `None` for one in all.
@@ -199,96 +259,102 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, levels=None
             has a smaller error than the three levels that 2 bits leave.
             `"affine"`: w ≈ zero + scale · q, q from 0 to 2^bits − 1, zero = min w.
             `"nf4"`: w ≈ max|w| · level, of the 16 levels of `nf4_levels`.
-            `"levels"`: w ≈ max|w| · level, of those in `levels`, 1 to 2^bits of them, increasing.
+            `"mxfp4"`, `"nvfp4"`: w ≈ scale · level, of 0, ±.5, ±1, ±1.5, ±2, ±3, ±4 and ±6; a
+            scale is 8 bits: a power of two, its blocks 32 in the standard, or a float with 3
+            bits of mantissa over one for all, its blocks 16.
+            `"levels"`: w ≈ max|w| · level, of those in `levels`.
         double: quantise the scales too, to 8 bits in groups of 256, around their mean: .127 bits
             a weight for blocks of 64, not .5. A scale far below its group's largest may
             become zero.
+        clip: make each block's range as small as makes the squared error least: the largest
+            weights err more, and all others less. At 4 bits and fewer it pays.
+        levels: increasing, 1 to 2^bits of them, in units of max|w|; only for kind `"levels"`.
 
     Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; for 1 bit, Rastegari et al. 2016,
     arXiv 1603.05279, section 3.1.
     """
-    if bits not in range(1, 9) or kind not in KINDS or (kind == "nf4" and bits != 4):
-        raise ValueError(
-            f"bits is {bits!r} and kind {kind!r}; expected 1 to 8 (4 for nf4), {KINDS}"
-        )
-    if not np.isfinite(w).all():
-        raise ValueError("w is not finite; expected finite weights")
-    levels = None if levels is None else np.asarray(levels, np.float32)
-    flat = w.reshape(-1)
-    scale, zero = _scales(flat, block_size(w.shape, block), bits, kind)
-    q = Quantised(
-        None,
-        scale,
-        w.shape,
-        int(bits),
-        block if block in (None, "row") else int(block),
-        kind,
-        zero,
-        levels,
-    )
+    if bits not in range(1, 9) or kind not in KINDS or (kind[-1] == "4" and bits != 4):
+        raise ValueError(f"bits is {bits!r}, kind {kind!r}; expected 1 to 8 (4 for …4), {KINDS}")
+    bits, levels = int(bits), None if levels is None else np.asarray(levels, np.float32)
+    fits = levels is None or (0 < levels.size <= 1 << bits and (np.diff(levels) > 0).all())
+    if not fits or (levels is None) == (kind == "levels"):
+        raise ValueError(f"levels is {levels}; expected up to {1 << bits}, rising, or another kind")
+    if not max(w.max(), -w.min()) < LIMIT:
+        raise ValueError(f"w is not finite and below {LIMIT:.1e}; expected weights")
+    w, size, grid = w.astype(np.float64), block_size(w.shape, block), level_set(bits, kind, levels)
+    starts, top = np.arange(0, w.size, size), 1 if kind == "levels" else grid[-1]
+    scale, zero = _scales(w.reshape(-1), starts, bits, kind, top)
+    block = block if block in (None, "row") else int(block)  # JSON takes no NumPy integer
+    q = Quantised(None, scale, w.shape, bits, block, kind, zero, levels)
+    q = _clipped(q, w, grid, starts) if clip else q
     if double:
-        mean = np.array([scale.mean(dtype=np.float64)], np.float32)
-        q = q._replace(scale=quantise(scale - mean, 8, block=256), mean=mean)
-    x = flat if zero is None else flat - q.spread(zero)
-    x = x * q.spread(1 / np.maximum(q.scales().astype(w.dtype), TINY))
-    return q._replace(packed=pack(round_codes(x, bits, kind, levels), bits))
+        mean = np.array([q.scale.mean(dtype=np.float64)], np.float32)
+        q = q._replace(scale=quantise(q.scale - mean, 8, block=256), mean=mean)
+    elif kind == "mxfp4":
+        q = q._replace(scale=(np.frexp(q.scale)[1] + 126).astype(np.uint8))  # 2^k -> k + 127
+    elif kind == "nvfp4":
+        mean = np.maximum(q.scale.max(keepdims=True) / E4M3[-1], np.float32(TINY))
+        q = q._replace(scale=nearest(q.scale / mean, E4M3), mean=mean)
+    return _coded(q, w, grid)
 
 
 def dequantise(q, dtype=np.float32):
     """The weights that a `Quantised` stands for, an array of its shape."""
-    codes = unpack(q.packed, q.bits, int(np.prod(q.shape)))
-    levels, middle = level_set(q.bits, q.kind, q.levels), _middle(q.bits, q.kind)
-    w = codes.astype(dtype) - middle if levels is None else levels.astype(dtype)[codes]
+    codes = unpack(q.packed, q.bits, prod(q.shape)).reshape(q.shape)
+    levels = level_set(q.bits, q.kind, q.levels).astype(dtype)
+    w = levels.take(codes, mode="clip")  # no code is too high, whatever a file may hold
     w *= q.spread(q.scales().astype(dtype))
     if q.zero is not None:
         w += q.spread(q.zero.astype(dtype))
-    return w.reshape(q.shape)
+    return w
 
 
 def kmeans(w, bits=4, *, block=None, iterations=30):
     """Quantise to 2^bits levels that k-means finds in the weights themselves, one set for all.
 
+    Args:
+        w, bits, block: as for `quantise`. iterations: as for `kmeans_levels`.
+
     Source: Han et al. 2016, arXiv 1510.00149, section 3.
     """
     q = quantise(w, bits, block=block, kind="levels", levels=[0.0])  # for its scales
-    x = w.reshape(-1) / q.spread(q.scale)
+    x = w.astype(np.float64) / q.spread(q.scale)
     levels = np.unique(kmeans_levels(x, 1 << bits, iterations).astype(np.float32))
     return quantise(w, bits, block=block, kind="levels", levels=levels)
 
 
-def gptq(w, gram, bits=4, *, block=64, kind="symmetric", double=False, damping=0.01):
+# ------------------------------------------------------------------ rounding by the data
+
+
+def gptq(w, gram, bits=4, *, block=64, damping=0.01, act_order=False, **settings):
     """Round a weight column by column, each column making up for the errors before it.
 
-    What rounding column j does wrong is spread over the columns still to come, so that the
-    error on the data, the mean tr(E C Eᵀ) of ‖(W − Ŵ) x‖², is as small as they can make it.
-    With C + λI = R Rᵀ, R upper triangular, row j of R⁻¹ says how. The scales are those that
-    `quantise` gives, and so are the bytes. It helps where features are correlated and the grid
-    leaves room to make up for an error; with 1 bit it may do harm.
+    By `make_up`: what rounding one column does wrong is spread over the columns still to come.
+    The scales are those that `quantise` gives, and so are the bytes. It helps where features are
+    correlated and the grid leaves room to make up for an error; with 1 bit it may do harm.
 
     Args:
         w: (d_out, d_in), float32 or float64.
-        gram: C (d_in, d_in), the mean of x xᵀ over inputs, as `observe` finds it.
-        bits, block, kind, double: as for `quantise`; a whole `block` must divide d_in.
-        damping: λ over the mean of C's diagonal.
+        bits, block, settings: as for `quantise`; a whole `block` must divide d_in.
+        gram, damping: as for `make_up`.
+        act_order: go over the features from the loudest, E[x_j²], to the faintest: those that
+            count most are rounded while most others can still make up for them.
 
     Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
-    q, (d_out, d_in) = quantise(w, bits, block=block, kind=kind, double=double), w.shape
-    if block_size(w.shape, block) not in (w.size, d_in) and d_in % block:
+    q, d_in = quantise(w, bits, block=block, **settings), w.shape[1]
+    if block not in (None, "row") and d_in % block:
         raise ValueError(f"block is {block}; expected a divisor of d_in = {d_in}, 'row' or None")
-    damped = gram + (damping * np.mean(np.diag(gram)) if gram.any() else 1) * np.eye(d_in)
-    # The Cholesky form from the last row up, by turning the matrix round twice.
-    spread = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])  # R⁻¹
-    spread /= np.diag(spread)[:, None].copy()  # row j: how column j's error falls on the rest
+    grid, codes = level_set(q.bits, q.kind, q.levels), np.empty(w.shape, np.uint8)
+    scale, zero = q.spread(q.scales()), q.spread(0 * q.scales() if q.zero is None else q.zero)
 
-    scale = q.spread(q.scales().astype(w.dtype)).reshape(w.shape).T  # (d_in, d_out)
-    zero = 0 * scale if q.zero is None else q.spread(q.zero.astype(w.dtype)).reshape(w.shape).T
-    levels, middle = level_set(bits, kind, None), _middle(bits, kind)
-    columns = w.T.astype(np.float64, order="C")  # (d_in, d_out), so that a column lies together
-    codes = np.empty((d_in, d_out), np.uint8)
-    for j in range(d_in):
-        x = (columns[j].astype(w.dtype) - zero[j]) / np.maximum(scale[j], TINY)  # (d_out,)
-        codes[j] = round_codes(x, bits, kind, None)
-        level = codes[j] - np.float64(middle) if levels is None else levels[codes[j]]
-        columns[j + 1 :] -= spread[j, j + 1 :, None] * (columns[j] - level * scale[j] - zero[j])
-    return q._replace(packed=pack(codes.T.ravel(), bits))
+    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(d_in)
+
+    def settle(j, rest, u):
+        k = order[j]
+        own = scale[:, k].astype(np.float64)  # (d_out,)
+        codes[:, k] = nearest((rest[j] - zero[:, k]) * (1 / np.maximum(own, TINY)), grid)
+        return grid[codes[:, k]] * own + zero[:, k]
+
+    make_up(w[:, order], gram[np.ix_(order, order)], settle, damping)
+    return q._replace(packed=pack(codes, bits))

@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from .. import ops
 from ..nn import Linear, Parameter
-from ..ops.basic import gemm, linear, shape_error
+from ..ops.basic import gemm
+from ..peft.lora import LoRA, lora
 from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
-from ..tensor import record
-from .quantise import Quantised, dequantise, gptq, quantise, unpack
+from ..tensor import Tensor, no_grad, record
+from .factor import truncated_svd
+from .quantise import Quantised, dequantise, gptq, quantise
 
 
 class QuantLinear(Linear):
@@ -23,20 +26,12 @@ class QuantLinear(Linear):
     The bias is copied, and frozen. Source: Dettmers et al. 2023, arXiv 2305.14314, section 3.
     """
 
-    def __init__(self, layer, bits=4, *, block=64, kind="symmetric", double=False, gram=None):
-        if not (hasattr(layer, "dense") and hasattr(layer, "bias")):
-            raise TypeError(f"layer is {layer!r}; expected a layer with dense() and bias")
-        weight, settings = layer.dense(), {"block": block, "kind": kind, "double": double}
-        if gram is None:
-            found = quantise(weight, bits, **settings)
-        else:
-            found = gptq(weight, gram, bits, **settings)
-        bias = None if layer.bias is None else layer.bias.data
-        self._settle(found, bias, weight.dtype)
+    def __init__(self, layer, bits=4, *, gram=None, **settings):
+        w, bias = layer.dense(), None if layer.bias is None else layer.bias.data
+        found = quantise(w, bits, **settings) if gram is None else gptq(w, gram, bits, **settings)
+        self._settle(found, bias, w.dtype)
 
     def _settle(self, quantised, bias, dtype):
-        if len(quantised.shape) != 2:
-            raise ValueError(f"the weight has shape {quantised.shape}; expected (d_out, d_in)")
         self.quantised, self.dtype = quantised, np.dtype(dtype)
         self.bias = None if bias is None else Parameter(bias.copy(), requires_grad=False)
 
@@ -60,110 +55,75 @@ class QuantLinear(Linear):
     @property
     def nbytes(self):
         """The bytes of what is stored, the bias included."""
-        return self.quantised.nbytes + (0 if self.bias is None else self.bias.data.nbytes)
+        return sum(a.nbytes for a in self.arrays().values())
 
     def dense(self):
         """The weight that the codes stand for, (d_out, d_in), made afresh."""
         return dequantise(self.quantised, self.dtype)
 
     def forward(self, x):
-        q, dtype, old = self.quantised, self.dtype, x.shape
-        d_out, d_in = q.shape
-        if old[-1] != d_in:
-            raise shape_error("QuantLinear", old, q.shape, "expected (…, d_in) and (d_out, d_in)")
-        if x.dtype != dtype:
-            raise TypeError(f"QuantLinear: x is {x.dtype}, the layer {dtype}; convert one first")
-        y = gemm(x.data.reshape(-1, d_in), dequantise(q, dtype).T)  # (N, d_in) -> (N, d_out)
+        old = x.shape
+        with no_grad():
+            y = ops.linear(x, Tensor(self.dense())).data  # (…, d_in) -> (…, d_out)
 
         def vjp(g):  # made dense again: to keep it until now would cost what packing saved
-            return gemm(g.reshape(-1, d_out), dequantise(q, dtype)).reshape(old)
+            return gemm(g.reshape(-1, self.d_out), self.dense()).reshape(old)
 
-        edges = [(x, vjp)]
-        if self.bias is not None:
-            y += self.bias.data
-            edges.append((self.bias, lambda g: g.reshape(-1, d_out).sum(axis=0)))
-        return record(y.reshape(*old[:-1], d_out), *edges)
+        y = record(y, (x, vjp))
+        return y if self.bias is None else y + self.bias
 
     def requantised(self, layer):
-        """A new layer in the same format around the weight and bias of another.
-
-        Args:
-            layer: a `Linear`, or a layer with `dense()` and `bias`, such as a LoRA over this one
-                merged; its weight is rounded to nearest.
-
-        Raises:
-            ValueError: if its weight has another shape, or is not finite.
-        """
-        weight, q = layer.dense(), self.quantised
-        if weight.shape != q.shape:
-            raise ValueError(f"the weight has shape {weight.shape}; expected {q.shape}")
-        bias = None if layer.bias is None else layer.bias.data
-        found = quantise(weight, **_settings(q), levels=q.levels)
-        return QuantLinear.of(found, bias, weight.dtype)
+        """A new layer in the same format around the weight and bias of another, to nearest."""
+        w, bias = layer.dense(), None if layer.bias is None else layer.bias.data
+        q = quantise(w, **self.quantised.settings(), levels=self.quantised.levels)
+        return QuantLinear.of(q, bias, w.dtype)
 
     def config(self):
         """What `restore` needs beside `arrays`, for a file: plain strings and numbers."""
-        shape = [int(n) for n in self.quantised.shape]
-        described = {"kind": "QuantLinear", "shape": shape, "dtype": self.dtype.name}
-        settings = _settings(self.quantised)
+        settings = self.quantised.settings()
+        described = {"kind": "QuantLinear", "shape": list(self.shape), "dtype": self.dtype.name}
         return described | {"format": settings.pop("kind"), **settings}
 
     def arrays(self):
         """Everything stored, by name: codes, scale (or scale.codes, …), zero, levels, bias."""
-        bias = {} if self.bias is None else {"bias": self.bias.data}
-        return self.quantised.arrays() | bias
+        return self.quantised.arrays() | ({} if self.bias is None else {"bias": self.bias.data})
 
     @classmethod
     def restore(cls, arrays, config, dtype=None):
         """The layer that `arrays()` and `config()` came from, in its own dtype or in another.
 
         Raises:
-            ValueError: if an array is missing, unknown, or of another shape or dtype than the
-                config says, or if the config holds a bad setting.
+            ValueError: if an array is missing, unknown, not finite, or of another shape or dtype
+                than the config says, or if the config holds a bad setting.
         """
-        shape, dtype = tuple(config["shape"]), np.dtype(dtype or config["dtype"])
-        if "bias" in arrays:
-            arrays = arrays | {"bias": arrays["bias"].astype(dtype)}
+        dtype = np.dtype(dtype or config["dtype"])
+        w, bias = np.zeros(config["shape"], dtype), arrays.get("bias")
         settings = {name: config[name] for name in ("bits", "block", "double")}
-        codebook = arrays.get("levels")
+        settings |= {"kind": config["format"], "levels": arrays.get("levels")}
         # What is stored has the form of a quantised zero; so it says what to expect.
-        form = quantise(np.zeros(shape, dtype), kind=config["format"], levels=codebook, **settings)
-        wanted = form.arrays()
-        if "bias" in arrays:
-            wanted["bias"] = np.zeros(shape[:1], dtype)
-        if arrays.keys() != wanted.keys():
-            raise ValueError(f"arrays are {sorted(arrays)}; expected {sorted(wanted)}")
-        for name, like in wanted.items():
-            found = arrays[name]
-            if (found.shape, found.dtype) != (like.shape, like.dtype):
-                raise ValueError(
-                    f"{name} is {found.dtype} of shape {found.shape}; expected {like.dtype} of "
-                    f"shape {like.shape}"
-                )
-            if not np.isfinite(found).all():
-                raise ValueError(f"{name} is not finite; expected finite numbers")
+        like = cls.of(quantise(w, **settings), None if bias is None else w[:, 0], dtype)
+        if bias is not None:
+            arrays = arrays | {"bias": bias.astype(dtype)}
+        found, wanted = (
+            {name: (str(a.dtype), *a.shape) for name, a in each.items()}
+            for each in (arrays, like.arrays())
+        )
+        if found != wanted or not all(np.isfinite(a).all() for a in arrays.values()):
+            raise ValueError(f"arrays are {found}; expected {wanted}, all finite")
+        q = like.quantised
         scale = arrays.get("scale")
-        if form.mean is not None:
-            scale = form.scale._replace(packed=arrays["scale.codes"], scale=arrays["scale.scale"])
+        if isinstance(q.scale, Quantised):
+            scale = q.scale._replace(packed=arrays["scale.codes"], scale=arrays["scale.scale"])
         parts = {name: arrays.get(name) for name in ("zero", "mean")}
-        found = form._replace(packed=arrays["codes"], scale=scale, **parts)
-        if codebook is not None:
-            highest = unpack(found.packed, found.bits, shape[0] * shape[1]).max()
-            if highest >= codebook.size:
-                raise ValueError(f"a code is {highest}; expected less than {codebook.size} levels")
-        return cls.of(found, arrays.get("bias"), dtype)
+        return cls.of(
+            q._replace(packed=arrays["codes"], scale=scale, **parts), arrays.get("bias"), dtype
+        )
 
     def __repr__(self):
         q = self.quantised
         block = {None: "one block", "row": "blocks of a row"}.get(q.block, f"blocks of {q.block}")
         bias = "" if self.bias is not None else ", no bias"
         return f"QuantLinear({self.d_in} -> {self.d_out}, {q.bits}-bit {q.kind} in {block}{bias})"
-
-
-def _settings(q: Quantised):
-    """The settings of `quantise` that gave this, but for a codebook's levels."""
-    double = q.mean is not None
-    return {"bits": q.bits, "block": q.block, "kind": q.kind, "double": double}
 
 
 # ------------------------------------------------------------------ training towards the grid
@@ -186,36 +146,28 @@ class StraightThrough(Wrapper):
     """A linear layer that computes with its quantised weight and trains the one behind it.
 
     Args:
-        base: a `Linear`.
-        bits, block, kind, double: as for `quantise`.
+        base: a `Linear`. bits, form: as for `quantise` (`block`, `kind`, `double`).
 
     `merged()` is the `QuantLinear` that computes the same.
     """
 
-    def __init__(self, base, bits=4, *, block=64, kind="symmetric", double=False):
-        if not isinstance(base, Linear) or isinstance(base, QuantLinear):
-            raise TypeError(f"base is {base!r}; expected a Linear with a weight that can train")
-        quantise(base.dense(), bits, block=block, kind=kind, double=double)  # for its checks
-        self.base = base
-        self.settings = {"bits": bits, "block": block, "kind": kind, "double": double}
+    def __init__(self, base, bits=4, **form):
+        self.base, self.form = base, {"bits": bits, **form}
+        self.dense()  # for the checks of `quantise`
 
     def dense(self):
         """The weight that the layer acts with."""
-        return dequantise(quantise(self.base.dense(), **self.settings), self.base.dense().dtype)
+        return fake_quantise(Tensor(self.base.dense()), **self.form).data
 
     def merged(self):
-        """A new `QuantLinear` that computes the same; nothing in it trains.
-
-        Raises:
-            ValueError: if the weight is not finite.
-        """
-        return QuantLinear(self.base, **self.settings)
+        """A new `QuantLinear` that computes the same; nothing in it trains."""
+        return QuantLinear(self.base, **self.form)
 
     def forward(self, x):
-        return linear(x, fake_quantise(self.base.weight, **self.settings), self.base.bias)
+        return ops.linear(x, fake_quantise(self.base.weight, **self.form), self.base.bias)
 
     def __repr__(self):
-        return f"StraightThrough({self.settings['bits']} bits, base={self.base!r})"
+        return f"StraightThrough({self.form['bits']} bits, base={self.base!r})"
 
 
 # ------------------------------------------------------------------ the recipes
@@ -226,12 +178,12 @@ def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, **settings)
 
     Args:
         model: changed in place.
-        bits, settings: as for `quantise`: block, kind, double.
+        bits, settings: as for `quantise`: `block`, `kind`, `double`.
         targets: one pattern or several for plain linear layers.
         grams: layer names to second moments, as `observe` returns them, to round by `gptq`.
     """
     fresh = {
-        name: QuantLinear(layer, bits, gram=grams and grams[name], **settings)
+        name: QuantLinear(layer, bits, gram=None if grams is None else grams[name], **settings)
         for name, layer in plain(model, targets).items()
     }
     return freeze(put_all(model, fresh))
@@ -245,3 +197,39 @@ def quantise_aware(model, bits=4, targets="blocks.*", **settings):
     layers = plain(model, targets).items()
     fresh = {name: StraightThrough(layer, bits, **settings) for name, layer in layers}
     return unfreeze(put_all(model, fresh))
+
+
+def loftq(model, r=4, bits=4, alpha=8.0, targets="blocks.*", *, iterations=5, rng, **settings):
+    """Quantise the base and start LoRA at what rounding took away: W ≈ Q + scaling · B A.
+
+    In turn, Q is W − scaling · B A quantised, and B A the best rank-r fit to W − Q. The plain
+    way, QLoRA, is one step of Q and B = 0. The layer then starts nearer to what it was, not at
+    the quantised base. Neither step is bound to help the other, so the best of all is kept.
+
+    Args:
+        model: changed in place.
+        r, alpha, targets, rng: as for `lora`, linear layers only.
+        bits, settings: as for `quantise`: `block`, `kind`, `double`.
+        iterations: how many turns, 1 or more.
+
+    Returns:
+        The model, LoRA over `QuantLinear`, of which A and B train.
+
+    Source: Li et al. 2023, arXiv 2310.08659, algorithm 1.
+    """
+
+    def start(base, r, alpha, **more):
+        w, bias = base.dense(), None if base.bias is None else base.bias.data
+        low, found = np.zeros(w.shape), []  # scaling · B A, float64 whatever w is
+        for _ in range(iterations):
+            q = quantise(w - low, bits, **settings)
+            rest = w - dequantise(q, np.float64)
+            left, right = truncated_svd(rest, r)  # (d_out, r), (r, d_in)
+            low = left @ right
+            found.append((np.linalg.norm(rest - low), q, left, right))
+        _, q, left, right = min(found, key=lambda each: each[0])
+        layer = LoRA(QuantLinear.of(q, bias, w.dtype), r, alpha, **more)
+        layer.B.data[...], layer.A.data[...] = left / layer.scaling, right
+        return layer
+
+    return lora(model, r, alpha, targets, variant=start, rng=rng)

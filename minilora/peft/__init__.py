@@ -27,5 +27,6 @@ from .scales import IA3, TokenRows, bitfit, full, ia3, token_rows
 # what a file may ask for
 KINDS = [LoRA, LoRAEmbedding, DoRA, PiSSA, IA3, TokenRows]
 KINDS += [Adapter, Prefix, Prompt, WithoutPrompt]
+TABLES = ("LoRAEmbedding", "TokenRows", "Prompt")  # which wrap a table and nothing else
 BLANK = (Adapter, Prefix)  # of any width: they can be made without drawing a start
 WRAPPERS = {kind.__name__: kind for kind in KINDS}

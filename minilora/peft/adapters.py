@@ -3,8 +3,8 @@
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, LayerNorm, Linear, Parameter, check_rng, normal
-from ..surgery import Wrapper, find, plain, put_all, unfreeze, wear
+from ..nn import Embedding, Linear, Parameter, check_rng, normal
+from ..surgery import Wrapper, find, plain, put_all, wear
 from ..transformer import attend, past, recall
 
 
@@ -71,8 +71,11 @@ def adapter(
     patterns = named.get(where, where) if isinstance(where, str) else where
     settings = {"start": start, "parallel": parallel, "scale": scale, "rng": rng}
     found = plain(model, patterns, "q k v o|up down")
+    beside = [p for name, p in model.named_parameters() if norms and "norm" in name]
     wear(model, {name: Adapter(base, r, **settings) for name, base in found.items()})
-    return unfreeze(model, [f"{n}.*" for n in find(model, "*", LayerNorm)]) if norms else model
+    for p in beside:
+        p.requires_grad = True
+    return model
 
 
 class Prefix(Wrapper):

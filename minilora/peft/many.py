@@ -90,10 +90,7 @@ class Many(Wrapper):
     def forward(self, x):
         if self.which is None or len(self.which) != x.shape[0]:
             found = "none" if self.which is None else len(self.which)
-            raise ValueError(
-                f"a batch of {x.shape[0]}, and adapters chosen for {found}; run it inside "
-                "`with choose(model, names)`, with a name for each sample"
-            )
+            raise ValueError(f"a batch of {len(x)}, adapters chosen for {found}; see `choose`")
         a, b = self.A[self.which], self.B[self.which]  # (B, r, d_in), (B, d_out, r)
         h = ops.matmul(x, Tensor(a.transpose(0, 2, 1)))  # (B, T, d_in) -> (B, T, r)
         return self.base(x) + ops.matmul(h, Tensor(b.transpose(0, 2, 1)))  # -> (B, T, d_out)
