@@ -101,23 +101,21 @@ def shape_of(config):
             in transformers, but sizes must be there.
 
     Raises:
-        ValueError: for another `model_type`, a size that is missing or does not fit, or a field
-            that asks for parameters which are not counted here, such as those of experts.
+        ValueError: for another `model_type`, a size that is missing, or a field that asks for
+            parameters which are not counted here, such as those of experts.
     """
     if not isinstance(config, dict):
         config = json.loads(Path(config).read_text(encoding="utf-8"))
     kind, tops = config.get("model_type"), config.get("architectures") or ()
     if kind not in USUAL:
         raise ValueError(f"model_type is {kind!r}; expected one of {', '.join(USUAL)}")
-    odd = [field for field in UNCOUNTED if config.get(field)]
-    odd += [top for top in tops if not top.endswith(("ForCausalLM", "LMHeadModel"))]
-    if odd:
-        raise ValueError(f"this {kind} has {odd[0]}, which is not counted here")
     if kind == "gpt2":
         config = {GPT2_NAMES[n]: x for n, x in config.items() if n in GPT2_NAMES} | config
-    missing = [name for name in SIZES[: 4 + (kind != "gpt2")] if not config.get(name)]
-    if missing:
-        raise ValueError(f"config has no {missing[0]}, which a {kind} needs")
+    wrong = [f"has {field}, which is not counted here" for field in UNCOUNTED if config.get(field)]
+    wrong += [f"is a {top}" for top in tops if not top.endswith(("ForCausalLM", "LMHeadModel"))]
+    wrong += [f"has no {name}" for name in SIZES[: 4 + (kind != "gpt2")] if not config.get(name)]
+    if wrong:
+        raise ValueError(f"this {kind} {wrong[0]}")
     _, d, _, n_head = sizes = [config[name] for name in SIZES[:4]]
     more = {name: config.get(name, usual) for name, usual in USUAL[kind].items()}
     tied = more["tie_word_embeddings"]
@@ -125,8 +123,6 @@ def shape_of(config):
         sizes += n_head, d // n_head, more["n_inner"] or 4 * d, more["max_position_embeddings"]
         return Shape(*sizes, tied=tied, biased=PLAIN, norm_bias=True)
     n_kv_head, d_head = more["num_key_value_heads"] or n_head, more["head_dim"] or d // n_head
-    if n_head % n_kv_head:
-        raise ValueError(f"num_key_value_heads is {n_kv_head}; expected a divisor of {n_head}")
     biased = QKV * (kind == "qwen2") + PLAIN[:4] * bool(more.get("attention_bias"))
     biased += GATED * bool(more.get("mlp_bias"))
     sizes += n_kv_head, d_head, config["intermediate_size"]

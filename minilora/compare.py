@@ -93,7 +93,6 @@ def points(method):
 
 # ------------------------------------------------------------------ one run
 
-
 # the arguments of `run`, which tell one run from another
 Run = namedtuple("Run", "task method budget lr seed steps")
 
@@ -165,8 +164,7 @@ def best_rates(rows):
     """The learning rate of the best tuning run for each (task, method, budget)."""
     best = {}
     for row in rows:
-        at = (row["task"], row["method"], row["budget"])
-        rank = (row["exact"], -np.inf if row["loss"] is None else -row["loss"])
+        at, rank = key(row)[:3], (row["exact"], -np.inf if row["loss"] is None else -row["loss"])
         if row["seed"] == TUNING_SEED and (at not in best or rank > best[at][0]):
             best[at] = (rank, row["lr"])
     return {at: lr for at, (_, lr) in best.items()}
@@ -175,8 +173,7 @@ def best_rates(rows):
 def settled(rows):
     """The tuning runs, and of the others those at the best rate: a wider choice may change it."""
     best = best_rates(rows)
-    at_best = lambda row: row["lr"] == best.get((row["task"], row["method"], row["budget"]))  # noqa: E731
-    return [row for row in rows if row["seed"] == TUNING_SEED or at_best(row)]
+    return [r for r in rows if r["seed"] == TUNING_SEED or r["lr"] == best.get(key(r)[:3])]
 
 
 def scores(rows, task, method, budget, name="exact", steps=STEPS):

@@ -65,11 +65,9 @@ def ours(config):
 
 
 def refusable(config):
-    """Whether it has what may be refused: a field that is not counted, a null, odd heads."""
+    """Whether it has what may be refused: a field that is not counted, or no size."""
     nulls = [name for name in (*SIZES, *GPT2_NAMES) if config.get(name, 1) is None]
-    kv_heads = (USUAL[config["model_type"]] | config).get("num_key_value_heads") or 1
-    odd = (config.get("num_attention_heads") or 0) % kv_heads
-    return bool(nulls or odd or any(map(config.get, UNCOUNTED)))
+    return bool(nulls or any(map(config.get, UNCOUNTED)))
 
 
 def random_configs(kind, n, rng):

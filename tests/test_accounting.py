@@ -203,7 +203,6 @@ def test_whole_numbers_of_32_bits_do_not_overflow():
         ({}, "gpt2, llama"),
         ({"model_type": "llama"}, "vocab_size"),
         (LLAMA | {"intermediate_size": None}, "intermediate_size"),
-        (LLAMA | {"num_key_value_heads": 5}, "num_key_value_heads"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts"),
         (QWEN3 | {"num_experts": 128}, "num_experts"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention"),

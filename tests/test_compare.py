@@ -16,6 +16,8 @@ from minilora.train import History
 from surroundings import ROOT
 
 TASK = "reverse_shift"
+ROW = {"task": "t", "method": "m", "budget": "b", "lr": 1, "seed": 0, "steps": 1}
+ROW |= {"exact": 0.5, "loss": 1.0}
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_the_seeds_and_the_sets_are_apart():
 
 def test_the_best_rate_is_the_best_by_score_then_by_loss():
     rows = [
-        {"task": "t", "method": "m", "budget": "b", "lr": lr, "seed": seed, "exact": e, "loss": x}
+        ROW | {"lr": lr, "seed": seed, "exact": e, "loss": x}
         for lr, seed, e, x in [
             (1, 0, 0.5, 1.0),
             (2, 0, 0.7, 0.9),
@@ -193,8 +195,6 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(brief, tmp_path, capsys, mo
     assert len(compare.load(path)) == 2
 
 
-ROW = {"task": "t", "method": "m", "budget": "b", "lr": 1, "seed": 0, "steps": 1}
-ROW |= {"exact": 0.5, "loss": 1.0}
 DAMAGED = {
     "empty": b"",
     "cut": b'{"runs": [{"task": "reverse_shift", ',
