@@ -141,15 +141,14 @@ def skills(model):
     return Score(*np.mean([evaluate(model, io.load_eval(task)) for task in tasks.SKILLS], axis=0))
 
 
-def squeeze(method, steps, seed):
-    """Compress the base by one method, then train what is left on the base's own skills.
+def squeeze(method, base, grams, steps, seed):
+    """Compress a copy of the base by one method, then train what is left on the base's own skills.
 
     Returns:
         What its row of the table says.
     """
-    base, model, known = io.load_base(np.float32), io.load_base(np.float32), list(tasks.SKILLS)
-    seen = tasks.sample(known, 500, np.random.default_rng(seed))
-    COMPRESSION[method](model, compress.observe(base, seen[:, :-1]))
+    model, known = io.load_base(np.float32), list(tasks.SKILLS)
+    COMPRESSION[method](model, grams)
     before, history = skills(model), None
     if model.trainable():
         history = fit(model, known, steps=steps, lr=1e-3, seed=seed, label=f"{method:10}")
@@ -168,7 +167,9 @@ def compression(args):
     base, names = io.load_base(np.float32), ", ".join(tasks.SKILLS)
     print(f"The base knows {names}: {skills(base).exact_match:.1%} of its answers are exact.")
     print(f"Its file has {file_size(io.save_model, base):,} bytes. How small can it be?\n")
-    rows = until_stopped(COMPRESSION, lambda method: squeeze(method, args.steps, args.seed))
+    seen = tasks.sample(list(tasks.SKILLS), 500, np.random.default_rng(args.seed))
+    settings = base, compress.observe(base, seen[:, :-1]), args.steps, args.seed
+    rows = until_stopped(COMPRESSION, lambda method: squeeze(method, *settings))
     print(f"\n{table(COMPRESSED, rows)}\n")
     print(f"Trained: {args.steps} steps on these skills, where there are weights that can train.")
     print("Fewer bits and zeros save bytes and no FLOPs; what is cut out saves both.")
