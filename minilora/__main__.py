@@ -3,7 +3,6 @@
 With `--methods compression` it makes the base small instead, and counts what is left of its skills.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -12,28 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import compress, io, ops, peft, surgery, tasks
+from . import compare, compress, io, ops, surgery, tasks
+from .command import Parser, table, whole
 from .tensor import no_grad
-from .train import evaluate, fit
+from .train import Score, evaluate, fit
 
-# method -> (recipe, learning rate, added tokens for each unit of rank). A recipe takes
-# (model, rank, rng). Widths and lengths are such that adapter and prefix train as many numbers
-# as LoRA does; so many prompt tokens would be slow, so that there are fewer.
-METHODS = {
-    "full": (lambda model, r, rng: peft.full(model), 2e-3, 0),
-    "lora": (lambda model, r, rng: peft.lora(model, r, targets="blocks.*", rng=rng), 1e-2, 0),
-    "dora": (
-        lambda model, r, rng: peft.lora(model, r, targets="blocks.*", variant=peft.DoRA, rng=rng),
-        1e-2,
-        0,
-    ),
-    "ia3": (lambda model, r, rng: peft.ia3(model), 1e-1, 0),
-    "bitfit": (lambda model, r, rng: peft.bitfit(model), 1e-2, 0),
-    "adapter": (lambda model, r, rng: peft.adapter(model, 17 * r // 4, rng=rng), 1e-2, 0),
-    "prefix": (lambda model, r, rng: peft.prefix(model, 9 * r, rng=rng), 1e-1, 9),
-    "prompt": (lambda model, r, rng: peft.prompt(model, 4 * r, rng=rng), 1e-1, 4),
-}
-
+# The rows of the table, and a learning rate that serves each; the recipes are those of `compare`.
+RATES = {"full": 2e-3, "lora": 1e-2, "dora": 1e-2, "ia3": 1e-1, "bitfit": 1e-2, "adapter": 1e-2}
+RATES |= {"prefix": 1e-1, "prompt": 1e-1}
 
 # method -> recipe, which takes (model, grams): what `observe` saw of the inputs of each layer
 COMPRESSION = {
@@ -50,272 +35,182 @@ COMPRESSION = {
 }
 
 
-def gemms(model):
-    """Matrix products in one forward pass."""
+# head of a column, of one line or two -> template of its cells
+FINE_TUNED = {
+    "method": "{method}",
+    "trainable": "{trainable:,}",
+    "share": "{share:.1%}",
+    "bytes/task": "{bytes:,}",
+    "exact match\nbefore -> after": "{before.exact_match:.1%} -> {after.exact_match:6.1%}",
+    "letters right\nbefore -> after": "{before.token_accuracy:.1%} -> {after.token_accuracy:6.1%}",
+    "ms/step": "{ms:.1f}",
+    "extra GEMMs\nmerged": "{extra[0]} -> {extra[1]}",
+}
+COMPRESSED = {
+    "method": "{method}",
+    "bytes": "{bytes:,}",
+    "share": "{share:.1%}",
+    "FLOPs": "{flops:.1%}",
+    "exact match\nat once -> trained": "{before.exact_match:.1%} -> {trained[2]:>6}",
+    "letters right\nat once -> trained": "{before.token_accuracy:.1%} -> {trained[1]:>6}",
+}
+
+
+def products(model):
+    """Each matrix product of one forward pass, as (batch, m, k, n)."""
     with ops.count_gemms() as log, no_grad():
         model(np.zeros((1, tasks.N_POSITIONS), int))
-    return len(log)
+    return log
 
 
-def run(method, task, rank, steps, seed):
-    """Fine-tune the base by one method.
-
-    Returns:
-        A dictionary: the row of the table.
-    """
-    recipe, lr, tokens = METHODS[method]
-    ids = io.load_eval(task)
-    room = tasks.N_POSITIONS + tokens * rank if tokens else None
-    model = io.load_base(np.float32, n_positions=room)
-    before, plain = evaluate(model, ids), gemms(model)
-    recipe(model, rank, np.random.default_rng(seed))
-    counted = surgery.count(model, quiet=True)
-    start = time.perf_counter()
-    history = fit(model, task, steps=steps, lr=lr, seed=seed, label=f"{method:7}")
-    seconds = (time.perf_counter() - start) / max(1, len(history.loss))
-    after = evaluate(model, ids)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
-        io.save_adapter(model, path)
-        size = path.stat().st_size
-    bypassed = gemms(model)
-    stays = ""  # why it cannot be merged
-    if surgery.wrappers(model):
-        try:
-            surgery.merge(model)
-        except TypeError as error:
-            stays = str(error).split(": ")[-1]
-    return {
-        "method": method,
-        "trainable": counted.trainable,
-        "share": counted.share,
-        "bytes": size,
-        "before": before,
-        "after": after,
-        "merged": evaluate(model, ids),
-        "seconds": seconds,
-        "gemms": (bypassed - plain, gemms(model) - plain),  # extra: before, after merging
-        "stays": stays,
-        "interrupted": history.interrupted,
-    }
-
-
-def skills(model):
-    """The mean over the base's skills of the share of exact answers, and of letters."""
-    scores = [evaluate(model, io.load_eval(task)) for task in tasks.SKILLS]
-    exact = np.mean([score.exact_match for score in scores])
-    return float(exact), float(np.mean([score.token_accuracy for score in scores]))
-
-
-def flops(model):
-    """Multiplications in the matrix products of one forward pass."""
-    with ops.count_gemms() as log, no_grad():
-        model(np.zeros((1, tasks.N_POSITIONS), int))
+def flops(log):
+    """Multiplications in a list of matrix products."""
     return sum(batch * m * k * n for batch, m, k, n in log)
 
 
-def file_size(model):
-    """The bytes of a model's file."""
+def file_size(save, model):
+    """The bytes of the file that `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        io.save_model(model, path)
+        path = Path(folder, "saved")
+        save(model, path)
         return path.stat().st_size
 
 
-def squeeze(method, steps, seed):
-    """Compress the base by one method, then train what is left on the base's own skills.
-
-    Returns:
-        A dictionary: the row of the table.
-    """
-    base, model = io.load_base(np.float32), io.load_base(np.float32)
-    seen = tasks.sample(list(tasks.SKILLS), 500, np.random.default_rng(seed))
-    COMPRESSION[method](model, compress.observe(base, seen[:, :-1]))
-    before, history = skills(model), None
-    if model.trainable():
-        history = fit(
-            model, list(tasks.SKILLS), steps=steps, lr=1e-3, seed=seed, label=f"{method:10}"
-        )
-    if surgery.wrappers(model):
-        surgery.merge(model)
-    size, whole = file_size(model), file_size(base)
-    return {
-        "method": method,
-        "bytes": size,
-        "share": size / whole,
-        "flops": flops(model) / flops(base),
-        "before": before,
-        "after": skills(model) if history else None,
-        "interrupted": bool(history and history.interrupted),
-    }
-
-
-def small_table(rows):
-    """The rows of `squeeze` as text, one line a method."""
-    head = (
-        f"{'method':12}{'bytes':>9}{'share':>8}{'FLOPs':>8}{'exact match':>21}{'letters right':>21}"
-    )
-    lines = [head, f"{'':37}" + f"{'at once -> trained':>21}" * 2]
-    for row in rows:
-        line = f"{row['method']:12}{row['bytes']:9,}{row['share']:8.1%}{row['flops']:8.1%}"
-        for i in (0, 1):
-            after = f"{row['after'][i]:6.1%}" if row["after"] else "     -"
-            line += f"{row['before'][i]:11.1%} -> {after}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def compression(steps, seed, out):
-    """Run all of COMPRESSION, print the table and save the picture; returns the exit code."""
-    exact, _ = skills(io.load_base(np.float32))
-    print(f"The base knows {', '.join(tasks.SKILLS)}: {exact:.1%} of its answers are exact.")
-    print(f"Its file has {file_size(io.load_base(np.float32)):,} bytes. How small can it be?\n")
+def until_stopped(names, work):
+    """The rows that `work(name)` returns, up to one that Ctrl-C has cut short."""
     rows = []
-    for method in COMPRESSION:
-        rows.append(squeeze(method, steps, seed))
+    for name in names:
+        rows.append(work(name))
         if rows[-1]["interrupted"]:
             break
-    print(f"\n{small_table(rows)}\n")
-    print(f"Trained: {steps} steps on the same skills, where there are weights that can train.")
-    print("Fewer bits and zeros save bytes and no FLOPs; what is cut out saves both.")
-    from . import plots
-
-    fig = plots.accuracy(
-        [(r["method"], r["bytes"], (r["after"] or r["before"])[0]) for r in rows],
-        "the base's five skills, compressed",
-        unit="bytes of the file",
-    )
-    fig.savefig(out, dpi=100)
-    print(f"The picture is in {out}. Now open notebooks/18_lora_or_compression.ipynb.")
-    return 130 if rows[-1]["interrupted"] else 0
+    return rows
 
 
-def table(rows):
-    """The rows as text, one line a method."""
-    head = (
-        f"{'method':8}{'trainable':>11}{'share':>8}{'bytes/task':>12}{'exact match':>18}"
-        f"{'letters right':>18}{'ms/step':>9}{'extra GEMMs':>14}"
-    )
-    lines = [head, f"{'':39}{'before -> after':>18}{'before -> after':>18}{'':9}{'merged':>14}"]
+# ------------------------------------------------------------------ fine-tuning
+
+
+def size(method, rank):
+    """The rank, width or length at which a method trains as many numbers as LoRA of this rank."""
+    middle = dict(compare.points(method)).get("medium")  # at rank 4
+    if method == "prompt":
+        middle = 16  # so many tokens as LoRA has numbers would be slow
+    return middle and middle * rank // 4
+
+
+def run(method, task, rank, steps, seed):
+    """Fine-tune the base by one method; returns what its row of the table says."""
+    base, ids = io.load_base(np.float32), io.load_eval(task)
+    model = compare.prepared(method, size(method, rank), seed)
+    count, wrapped = surgery.count(model, quiet=True), surgery.wrappers(model).values()
+    start = time.perf_counter()
+    history = fit(model, task, steps=steps, lr=RATES[method], seed=seed, label=f"{method:7}")
+    ms = 1e3 * (time.perf_counter() - start) / max(1, len(history.loss))
+    row = {"method": method, "trainable": count.trainable, "share": count.share, "ms": ms}
+    row |= {"before": evaluate(base, ids), "after": evaluate(model, ids)}
+    row |= {"bytes": file_size(io.save_adapter, model), "interrupted": history.interrupted}
+    row["stays"] = next((w.why_not_merged for w in wrapped if w.why_not_merged), None)
+    bypassed = products(model)
+    if wrapped and not row["stays"]:
+        surgery.merge(model)
+    row["extra"] = [len(log) - len(products(base)) for log in (bypassed, products(model))]
+    return row | {"merged": evaluate(model, ids)}
+
+
+def fine_tuning(args):
+    """Run the methods and print their table; returns the rows, and what the picture needs."""
+    print(f"The base knows {', '.join(tasks.SKILLS)}. The skill to learn: {args.task}.")
+    print(f"For example: {tasks.decode(io.load_eval(args.task)[0])}\n")
+    settings = args.task, args.rank, args.steps, args.seed
+    rows = until_stopped(args.methods, lambda method: run(method, *settings))
+    print(f"\n{table(FINE_TUNED, rows)}\n")
     for row in rows:
-        b, a = row["before"], row["after"]
-        lines.append(
-            f"{row['method']:8}{row['trainable']:11,}{row['share']:8.1%}{row['bytes']:12,}"
-            f"{b.exact_match:9.1%} -> {a.exact_match:5.1%}"
-            f"{b.token_accuracy:9.1%} -> {a.token_accuracy:5.1%}"
-            f"{1e3 * row['seconds']:9.1f}{row['gemms'][0]:8} -> {row['gemms'][1]}"
-        )
-    return "\n".join(lines)
+        if row["stays"]:
+            print(f"{row['method']}: cannot be merged: {row['stays']}.")
+        elif row["extra"][0]:
+            exact, gemms = row["merged"].exact_match, row["extra"][1]
+            print(f"{row['method']}: merged into plain layers, it answers", end=" ")
+            print(f"{exact:.1%} right with {gemms} extra GEMMs.")
+    return rows, "trainable", f"{args.task} after {args.steps} steps", "trainable parameters"
 
 
-def one_of(choices):
-    """A type for argparse: a comma-separated list of names out of `choices`."""
-
-    def parse(text):
-        names = [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is not known; expected one of {', '.join(choices)}"
-                )
-        return names
-
-    return parse
+# ------------------------------------------------------------------ compression
 
 
-def whole(low, high):
-    """A type for argparse: a whole number from `low` to `high`."""
-
-    def parse(text):
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}; expected a whole number from {low} to {high}"
-            )
-        return int(text)
-
-    return parse
+def skills(model):
+    """The mean `Score` over the base's skills."""
+    return Score(*np.mean([evaluate(model, io.load_eval(task)) for task in tasks.SKILLS], axis=0))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors on one line."""
+def squeeze(method, base, grams, steps, seed):
+    """Compress a copy of the base by one method, then train what is left on the base's own skills.
 
-    def error(self, message):
-        self.exit(2, f"minilora: {message}\n")
+    Returns:
+        What its row of the table says.
+    """
+    model, known = io.load_base(np.float32), list(tasks.SKILLS)
+    COMPRESSION[method](model, grams)
+    before, history = skills(model), None
+    if model.trainable():
+        history = fit(model, known, steps=steps, lr=1e-3, seed=seed, label=f"{method:10}")
+    after = skills(model) if history else before
+    if surgery.wrappers(model):
+        surgery.merge(model)
+    left = file_size(io.save_model, model)
+    row = {"method": method, "bytes": left, "share": left / file_size(io.save_model, base)}
+    row |= {"flops": flops(products(model)) / flops(products(base)), "before": before}
+    row |= {"after": after, "interrupted": bool(history and history.interrupted)}
+    return row | {"trained": [f"{x:.1%}" if history else "-" for x in after]}
+
+
+def compression(args):
+    """Run all of COMPRESSION and print its table; returns the rows, and what the picture needs."""
+    base, names = io.load_base(np.float32), ", ".join(tasks.SKILLS)
+    print(f"The base knows {names}: {skills(base).exact_match:.1%} of its answers are exact.")
+    print(f"Its file has {file_size(io.save_model, base):,} bytes. How small can it be?\n")
+    seen = tasks.sample(list(tasks.SKILLS), 500, np.random.default_rng(args.seed))
+    settings = base, compress.observe(base, seen[:, :-1]), args.steps, args.seed
+    rows = until_stopped(COMPRESSION, lambda method: squeeze(method, *settings))
+    print(f"\n{table(COMPRESSED, rows)}\n")
+    print(f"Trained: {args.steps} steps on these skills, where there are weights that can train.")
+    print("Fewer bits and zeros save bytes and no FLOPs; what is cut out saves both.")
+    return rows, "bytes", "the base's five skills, compressed", "bytes of the file"
+
+
+# ------------------------------------------------------------------ the command
 
 
 def main(argv=None):
     """Run the main job; returns the exit code."""
     parser = Parser(prog="python -m minilora", description=__doc__)
-    parser.add_argument(
-        "--task",
-        type=one_of(tasks.TASKS),
-        default=["sort_descending"],
-        help=f"the skill to learn: {', '.join(tasks.TASKS)} (sort_descending)",
-    )
-    parser.add_argument(
-        "--methods",
-        type=one_of([*METHODS, "compression"]),
-        default=list(METHODS),
-        help=f"which methods, with commas between: {','.join(METHODS)} (all); or compression: make "
-        "the base small instead, and score its own skills",
-    )
-    parser.add_argument("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
-    parser.add_argument("--steps", type=whole(1, 100000), default=300, help="training steps (300)")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("minilora.png"), help="the picture to save (minilora.png)"
-    )
+    option = parser.add_argument
+    option("--task", choices=tasks.TASKS, default="sort_descending", help="the skill to learn")
+    parser.several("--methods", [*RATES, "compression"], list(RATES))
+    option("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
+    option("--steps", type=whole(1, 100000), default=300, help="training steps (300)")
+    option("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
+    option("--out", type=Path, default=Path("minilora.png"), help="the picture (minilora.png)")
     args = parser.parse_args(argv)
-    if len(args.task) != 1:
-        parser.error(f"argument --task: {len(args.task)} tasks; expected one")
-    (task,) = args.task
+    alone = "compression" in args.methods
+    if alone and len(args.methods) > 1:
+        parser.error("argument --methods: compression stands alone, as it has another table")
     if args.out.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --out: {str(args.out)!r}; expected a name in .png, .svg or .pdf")
-    if args.out.is_dir():
-        parser.error(f"argument --out: {str(args.out)!r} is a folder; expected a file's name")
-    if not args.out.absolute().parent.is_dir():
-        parser.error(f"argument --out: there is no folder {str(args.out.parent)!r}")
-    try:  # before anything is trained
-        new = not args.out.exists()
-        args.out.open("ab").close()
-        if new:
-            args.out.unlink()
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    os.environ["MPLBACKEND"] = "Agg"  # the picture goes to a file, whatever the screen
+    parser.writable(args.out)
 
-    if "compression" in args.methods:
-        if len(args.methods) > 1:
-            parser.error("argument --methods: compression stands alone, as it has another table")
-        return compression(args.steps, args.seed, args.out)
+    rows, across, title, unit = compression(args) if alone else fine_tuning(args)
+    places = [(row["method"], row[across], row["after"].exact_match) for row in rows]
+    try:
+        from . import plots  # slow to import; a wrong argument should not wait for it
 
-    example = tasks.decode(io.load_eval(task)[0])
-    print(f"The base knows {', '.join(tasks.SKILLS)}. The skill to learn: {task}.")
-    print(f"For example: {example}\n")
-    rows = []
-    for method in args.methods:
-        rows.append(run(method, task, args.rank, args.steps, args.seed))
-        if rows[-1]["interrupted"]:
-            break
-    print(f"\n{table(rows)}\n")
-    for row in rows:
-        if row["stays"]:
-            print(f"{row['method']}: cannot be merged: {row['stays']}.")
-        elif row["gemms"][0]:
-            print(
-                f"{row['method']}: merged into plain layers, it answers "
-                f"{row['merged'].exact_match:.1%} right with {row['gemms'][1]} extra GEMMs."
-            )
-    from . import plots  # matplotlib is slow to import; a wrong argument should not wait for it
-
-    fig = plots.accuracy(
-        [(r["method"], r["trainable"], r["after"].exact_match) for r in rows],
-        f"{task} after {args.steps} steps",
-    )
-    fig.savefig(args.out, dpi=100)
-    print(f"The picture is in {args.out}. Now open notebooks/00_tour.ipynb.")
+        plots.accuracy(places, title, unit).savefig(args.out, dpi=100)
+    except Exception as error:  # whatever it is, the table stands
+        print(f"The picture failed: {' '.join(str(error).split())}")
+        return 1
+    notebook = "18_lora_or_compression" if alone else "00_tour"
+    print(f"The picture is in {args.out}. Now open notebooks/{notebook}.ipynb.")
     return 130 if rows[-1]["interrupted"] else 0
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # the picture goes into a file: no window, whatever is set
     sys.exit(main())

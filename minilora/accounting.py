@@ -3,12 +3,29 @@
 Nothing here needs a weight: a `config.json` in the manner of Hugging Face is enough.
 """
 
+import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
 GB, GIB, MB, MIB = 10**9, 2**30, 10**6, 2**20  # decimal, as disks are sold, and binary
+
+
+def own(x):
+    """A whole number as Python's own, which never overflows: NumPy's may have 32 bits."""
+    return int(x) if isinstance(x, Integral) and not isinstance(x, bool) else x
+
+
+def exact(count):
+    """The function `count`, given Python's own whole numbers."""
+
+    @functools.wraps(count)
+    def call(*args, **kwargs):
+        return count(*map(own, args), **{name: own(x) for name, x in kwargs.items()})
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -29,10 +46,13 @@ class Shape:
     n_positions: int = 0  # learned positions; 0 for rotary ones
     gated: bool = False
     tied: bool = True
-    qkv_bias: bool = False
-    other_bias: bool = False  # of o and of the MLP
+    biased: tuple = ()  # the linear layers that have a bias
     norm_bias: bool = False
     qk_norm: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, own(getattr(self, field.name)))
 
     def layers(self):
         """The linear layers of one block: name to (d_out, d_in)."""
@@ -44,9 +64,7 @@ class Shape:
 
     def biases(self):
         """Numbers in the biases of the linear layers and the norms, in the whole model."""
-        out = {name: shape[0] for name, shape in self.layers().items()}
-        block = sum(n for name, n in out.items() if name in "qkv") * self.qkv_bias
-        block += sum(n for name, n in out.items() if name not in "qkv") * self.other_bias
+        block = sum(d_out for name, (d_out, _) in self.layers().items() if name in self.biased)
         return self.n_layer * block + (2 * self.n_layer + 1) * self.d_model * self.norm_bias
 
     def parameters(self):
@@ -58,64 +76,65 @@ class Shape:
         return self.n_layer * (matrices + norms) + self.d_model + tables + self.biases()
 
 
+QKV, GATED = ("q", "k", "v"), ("gate", "up", "down")
+PLAIN = (*QKV, "o", "up", "down")
+SIZES = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}
+GPT2_NAMES |= {"n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+# kind -> what counts beside the sizes, and what it is in transformers if it is not said
+ROTARY = {"num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False}
+USUAL = {
+    "gpt2": {"n_inner": None, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "llama": ROTARY | {"num_key_value_heads": None, "attention_bias": False, "mlp_bias": False},
+    "mistral": ROTARY | {"num_key_value_heads": 8},
+    "qwen2": ROTARY,
+    "qwen3": ROTARY | {"head_dim": 128, "attention_bias": False},
+}
+UNCOUNTED = "add_cross_attention", "num_local_experts", "num_experts", "n_routed_experts"
+
+
 def shape_of(config):
     """The `Shape` of a model from its `config.json`: GPT-2, Llama, Mistral, Qwen2 or Qwen3.
 
     Args:
-        config: a path, or the dictionary itself.
+        config: a path, or the dictionary itself. A field that is missing stands for what it is
+            in transformers, but sizes must be there.
 
     Raises:
-        ValueError: for another `model_type`, or a field that is missing.
+        ValueError: for another `model_type`, a size that is missing, or a field that asks for
+            parameters which are not counted here, such as those of experts.
     """
     if not isinstance(config, dict):
         config = json.loads(Path(config).read_text(encoding="utf-8"))
-    kind = config.get("model_type")
-    try:
-        if kind == "gpt2":
-            d, heads = config["n_embd"], config["n_head"]
-            return Shape(
-                config["vocab_size"],
-                d,
-                config["n_layer"],
-                heads,
-                heads,
-                d // heads,
-                config.get("n_inner") or 4 * d,
-                n_positions=config["n_positions"],
-                tied=config.get("tie_word_embeddings", True),
-                qkv_bias=True,
-                other_bias=True,
-                norm_bias=True,
-            )
-        if kind in ("llama", "mistral", "qwen2", "qwen3"):
-            d, heads = config["hidden_size"], config["num_attention_heads"]
-            return Shape(
-                config["vocab_size"],
-                d,
-                config["num_hidden_layers"],
-                heads,
-                config.get("num_key_value_heads") or heads,
-                config.get("head_dim") or d // heads,
-                config["intermediate_size"],
-                gated=True,
-                tied=config.get("tie_word_embeddings", False),
-                qkv_bias=kind == "qwen2" or config.get("attention_bias", False),
-                qk_norm=kind == "qwen3",
-            )
-    except KeyError as error:
-        raise ValueError(f"config has no {error}, which a {kind} needs") from None
-    raise ValueError(
-        f"model_type is {kind!r}; expected 'gpt2', 'llama', 'mistral', 'qwen2' or 'qwen3'"
-    )
+    kind, tops = config.get("model_type"), config.get("architectures") or ()
+    if kind not in USUAL:
+        raise ValueError(f"model_type is {kind!r}; expected one of {', '.join(USUAL)}")
+    if kind == "gpt2":
+        config = {GPT2_NAMES[n]: x for n, x in config.items() if n in GPT2_NAMES} | config
+    wrong = [f"has {field}, which is not counted here" for field in UNCOUNTED if config.get(field)]
+    wrong += [f"is a {top}" for top in tops if not top.endswith(("ForCausalLM", "LMHeadModel"))]
+    wrong += [f"has no {name}" for name in SIZES[: 4 + (kind != "gpt2")] if not config.get(name)]
+    if wrong:
+        raise ValueError(f"this {kind} {wrong[0]}")
+    _, d, _, n_head = sizes = [config[name] for name in SIZES[:4]]
+    more = {name: config.get(name, usual) for name, usual in USUAL[kind].items()}
+    tied = more["tie_word_embeddings"]
+    if kind == "gpt2":
+        sizes += n_head, d // n_head, more["n_inner"] or 4 * d, more["max_position_embeddings"]
+        return Shape(*sizes, tied=tied, biased=PLAIN, norm_bias=True)
+    n_kv_head, d_head = more["num_key_value_heads"] or n_head, more["head_dim"] or d // n_head
+    biased = QKV * (kind == "qwen2") + PLAIN[:4] * bool(more.get("attention_bias"))
+    biased += GATED * bool(more.get("mlp_bias"))
+    sizes += n_kv_head, d_head, config["intermediate_size"]
+    return Shape(*sizes, gated=True, tied=tied, biased=biased, qk_norm=kind == "qwen3")
 
 
-GPT2 = Shape(50257, 768, 12, 12, 12, 64, 3072, 1024, qkv_bias=True, other_bias=True, norm_bias=True)
-GPT3 = Shape(
-    50257, 12288, 96, 96, 96, 128, 49152, 2048, qkv_bias=True, other_bias=True, norm_bias=True
-)
+GPT2 = Shape(50257, 768, 12, 12, 12, 64, 3072, 1024, biased=PLAIN, norm_bias=True)
+GPT3 = Shape(50257, 12288, 96, 96, 96, 128, 49152, 2048, biased=PLAIN, norm_bias=True)
 GPT3_REPORTED = 175_255_800_000  # "175,255.8M", Hu et al. 2021, table 4
 
 
+@exact
 def lora_parameters(shape, r, targets="qv"):
     """A and B of every target in every block: r (d_in + d_out) each.
 
@@ -132,6 +151,7 @@ def lora_parameters(shape, r, targets="qv"):
     return shape.n_layer * sum(r * (a + b) for a, b in (layers[name] for name in targets))
 
 
+@exact
 def adapter_parameters(d, r, n_adapters, n_norms=0):
     """Bottlenecks with their biases, and the LayerNorms that train: n (2dr + r + d) + 2 n_ln d.
 
@@ -140,6 +160,7 @@ def adapter_parameters(d, r, n_adapters, n_norms=0):
     return n_adapters * (2 * d * r + r + d) + 2 * n_norms * d
 
 
+@exact
 def prefix_parameters(d, l_p, l_i=0, n_layer=1):
     """PreEmbed d (l_p + l_i) for one layer, PreLayer L d (l_p + l_i) for `n_layer` of them.
 
@@ -161,6 +182,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+@exact
 def training_memory(total, trainable, weight=2, gradient=2, state=8):
     """Weights for all, gradients and Adam's two means for what trains.
 
@@ -172,11 +194,13 @@ def training_memory(total, trainable, weight=2, gradient=2, state=8):
     return Memory(total * weight, trainable * gradient, trainable * state)
 
 
+@exact
 def storage(tasks, base, per_task, shared):
     """Bytes for so many tasks: `shared`: one base and a file each; otherwise a base for each."""
     return base + tasks * per_task if shared else tasks * base
 
 
+@exact
 def linear_flops(n, r=None):
     """Multiplications of one training step of a square n × n layer, for one token.
 
@@ -186,6 +210,7 @@ def linear_flops(n, r=None):
     return 3 * n * n if r is None else 2 * n * n + 6 * n * r
 
 
+@exact
 def break_even_rank(m, n):
     """The rank at which a factored m × n matrix holds as many numbers as the matrix: mn/(m+n)."""
     return m * n / (m + n)

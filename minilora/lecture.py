@@ -24,12 +24,10 @@ class Prediction:
 
     def score(self, result, digits=3):
         """Print the guess beside the result."""
-        is_number = isinstance(result, Real) and not isinstance(result, Integral)
-        told = (
-            "as it is"
-            if self.guess == result
-            else f"it is {number(result, digits) if is_number else result}"
-        )
+        is_float = isinstance(result, Real) and not isinstance(result, Integral)
+        told = "as it is"
+        if self.guess != result:
+            told = f"it is {number(result, digits) if is_float else result}"
         print(f"{self.what}: predicted {self.guess}, {told}.")
 
 

@@ -6,21 +6,15 @@ import numpy as np
 # Okabe & Ito's palette, which stays apart for every common kind of colour blindness
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-STYLE = {
-    "figure.figsize": (8, 4.5),
-    "font.size": 14,
-    "axes.titlesize": 15,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 2.2,
-    "lines.markersize": 8,
-    "legend.frameon": False,
-    "image.cmap": "viridis",
-}
-plt.rcParams.update(STYLE)  # once, for every figure that is drawn after the import
+# once, for every figure that is drawn after the import
+plt.rc("figure", figsize=(8, 4.5))
+plt.rc("font", size=14)
+plt.rc("axes", titlesize=15, grid=True, prop_cycle=plt.cycler(color=COLOURS))
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("grid", alpha=0.3)
+plt.rc("lines", linewidth=2.2, markersize=8)
+plt.rc("legend", frameon=False)
+plt.rc("image", cmap="viridis")
 
 
 def new(rows=1, cols=1, *, size=None, **kwargs):
@@ -44,15 +38,9 @@ def accuracy(rows, title="", unit="trainable parameters"):
         ax.plot(trainable, 100 * exact, marker, color=COLOURS[i % 7], ms=13, label=label)
         if len(rows) > 4:
             continue  # labels beside the points would cover one another
-        high = exact > 0.3  # then there is room for the label below the point
-        ax.annotate(
-            f"{method}\n{trainable:,}",
-            (trainable, 100 * exact),
-            (0, -14 if high else 14),
-            textcoords="offset points",
-            ha="center",
-            va="top" if high else "bottom",
-        )
+        side, shift = ("top", -14) if exact > 0.3 else ("bottom", 14)  # where there is room
+        look = {"textcoords": "offset points", "ha": "center", "va": side}
+        ax.annotate(f"{method}\n{trainable:,}", (trainable, 100 * exact), (0, shift), **look)
     if len(rows) > 4:
         fig.legend(loc="outside right center", title=f"method ({unit.split()[0]})")
     ax.set_xscale("log")
@@ -107,13 +95,8 @@ def spectra(values, title="", log=True):
 def heat(ax, matrix, title="", xlabel="", ylabel="", symmetric=False):
     """A matrix as colours on given axes, with a colour bar; `symmetric` puts 0 in the middle."""
     most = np.abs(matrix).max() or 1
-    image = ax.imshow(
-        matrix,
-        cmap="RdBu_r" if symmetric else "viridis",
-        vmin=-most if symmetric else None,
-        vmax=most if symmetric else None,
-        aspect="auto",
-    )
+    look = {"cmap": "RdBu_r", "vmin": -most, "vmax": most} if symmetric else {}
+    image = ax.imshow(matrix, aspect="auto", **look)
     ax.grid(False)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.figure.colorbar(image, ax=ax)

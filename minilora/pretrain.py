@@ -4,17 +4,18 @@ The base is pre-trained by next-token prediction on five skills mixed, then save
 evaluation set for each task, the history of its training, and checksums.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
 from . import io, safetensors, tasks
+from .command import Parser
 from .train import evaluate, fit, task_batches
 from .transformer import Transformer
 
 RECIPE = {"steps": 2000, "lr": 3e-3, "seed": 0, "batch_size": 64}
+FILES = "base.safetensors", "eval.safetensors", "history.json", "SHA256SUMS"
 EVAL_EXAMPLES, EVAL_SEED = 500, 2026
 
 
@@ -45,10 +46,15 @@ def evaluation_sets():
 
 def main(argv=None):
     """Remake the data; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
+    parser = Parser(prog="python -m minilora.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, default=io.DATA, help="folder to write (data/)")
     out = parser.parse_args(argv).out
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make {str(out)!r}: {error.strerror}")
+    for name in FILES:
+        parser.writable(out / name)
 
     model = fresh()
     sets = {task: ids.astype(np.int64) for task, ids in evaluation_sets().items()}
@@ -67,7 +73,7 @@ def main(argv=None):
         "loss": [float(f"{x:.7g}") for x in history.loss],  # nats per token, by step
         "exact_match": history.scores,  # (step, {skill: share of answers right})
     }
-    (out / "history.json").write_text(json.dumps(story) + "\n", "utf-8")
+    (out / "history.json").write_text(json.dumps(story) + "\n", encoding="utf-8")
     io.write_sums(out)
 
     for task, ids in sets.items():

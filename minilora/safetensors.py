@@ -70,13 +70,14 @@ def write(path, arrays, metadata=None):
         raise ValueError(f"the header would have {len(text)} bytes, expected up to {_HEADER_CAP}")
     head = len(text).to_bytes(8, "little") + text
     try:
-        _replace(path, itertools.chain([head], (plain[name].tobytes() for name in order)))
+        write_whole(path, itertools.chain([head], (plain[name].tobytes() for name in order)))
     except OSError as error:
         # in the name of what was asked for, not of the spare file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _replace(path, chunks):
+def write_whole(path, chunks):
+    """Write the bytes of `chunks` to the file `path`, whole or not at all."""
     path = os.path.realpath(path)  # so that a link stays a link
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:

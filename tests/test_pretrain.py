@@ -18,13 +18,13 @@ from minilora import (
 )
 from minilora.io import DATA
 
-MADE = ["base.safetensors", "eval.safetensors", "history.json"]
-HISTORY = json.loads((DATA / "history.json").read_text("utf-8"))
+MADE = pretrain.FILES[:-1]  # all but the checksums
+HISTORY = json.loads((DATA / "history.json").read_text(encoding="utf-8"))
 
 
 def sums(folder):
     """The checksums that a folder claims, by file."""
-    lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
@@ -91,7 +91,9 @@ def test_fresh_is_the_same_each_time_and_of_the_size_on_the_data_card():
 
 @pytest.fixture
 def short(monkeypatch):
+    """Three steps, and twenty examples for each score."""
     monkeypatch.setitem(pretrain.RECIPE, "steps", 3)
+    monkeypatch.setattr(pretrain, "EVAL_EXAMPLES", 20)
 
 
 def test_the_command_writes_everything(short, tmp_path, capsys):
@@ -101,9 +103,10 @@ def test_the_command_writes_everything(short, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {*MADE, "SHA256SUMS"}
     for name, digest in sums(out).items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-    assert (out / "eval.safetensors").read_bytes() == (DATA / "eval.safetensors").read_bytes()
+    stored, _ = safetensors.read(out / "eval.safetensors")
+    assert {name: ids.shape for name, ids in stored.items()} == dict.fromkeys(tasks.TASKS, (20, 18))
 
-    story = json.loads((out / "history.json").read_text("utf-8"))
+    story = json.loads((out / "history.json").read_text(encoding="utf-8"))
     assert story["recipe"]["steps"] == 3 and len(story["loss"]) == 3
     assert [step for step, _ in story["exact_match"]] == [0, 3]
     model = load_model(out / "base.safetensors")
@@ -122,3 +125,20 @@ def test_after_ctrl_c_nothing_is_written(short, tmp_path, monkeypatch, capsys):
     assert pretrain.main(["--out", str(tmp_path)]) == 130
     assert "interrupted: nothing was written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["--steps", "file", "file/data", "taken"])
+def test_what_cannot_be_written_is_refused_before_the_training(
+    wrong, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_bytes(b"kept")
+    (tmp_path / "taken" / "history.json").mkdir(parents=True)
+    monkeypatch.setattr(pretrain, "fresh", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(["--out", wrong] if wrong[0] != "-" else [wrong])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and len(err.splitlines()) == 1
+    assert wrong in err
+    assert (tmp_path / "file").read_bytes() == b"kept"
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["history.json"]
