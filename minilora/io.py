@@ -19,7 +19,7 @@ from .transformer import Transformer
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data" if (HERE / "data").is_dir() else HERE.parent / "data"  # a wheel, a clone
-MODEL, ADAPTER = "minilora model 1", "minilora adapter 1"
+MODEL, ADAPTER = "minilora model 1", "minilora adapter 2"
 
 
 def save_model(model, path):
@@ -36,9 +36,7 @@ def save_model(model, path):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
     arrays, layers = _parts(model)
     blank = Transformer(**model.config, rng=None)
-    for name in layers:
-        put(blank, name, dict(model.named_modules())[name])
-    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, blank)]
+    shapes = [{n: p.shape for n, p in _dense(m, layers).items()} for m in (model, blank)]
     if shapes[0] != shapes[1]:
         odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
         raise TypeError(f"save_model: {odd} has no form for a file, which holds a Transformer")
@@ -66,6 +64,11 @@ def _parts(model):
             arrays |= {own + key: a for key, a in layer.arrays().items()}
             layers[own[:-1]] = layer.config()
     return arrays, layers
+
+
+def _dense(model, layers):
+    """The parameters of a model, by name, but for those of its compressed layers."""
+    return {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers}
 
 
 def load_model(path, dtype=None):
@@ -96,8 +99,7 @@ def load_model(path, dtype=None):
             if not isinstance(old, Linear) or layer.shape != (old.d_out, old.d_in):
                 raise ValueError(f"{name} is {layer!r}; expected {old!r}")
             put(model, name, layer)
-        own = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers}
-        _fill(own, arrays)
+        _fill(_dense(model, layers), arrays)
     return model
 
 
@@ -164,16 +166,12 @@ def load_adapter(model, path):
             rng = None if kind in peft.BLANK else np.random.default_rng(0)
             fresh[name] = kind(modules[name], rng=rng, **settings)
             expected |= {f"{name}.{key}": p for key, p in fresh[name].learned().items()}
-        found = metadata.get("frozen", "")
-        if found != _fingerprint(model, arrays):
-            names = _frozen(model, arrays)
-            here = _fingerprint(model, arrays)[: len(names)]
-            odd = [
-                n for n, a, b in zip(names, here, found.ljust(len(names)), strict=False) if a != b
-            ]
+        found, here = metadata.get("frozen", ""), _fingerprint(model, arrays)
+        if found != here:
+            frozen = zip(_frozen(model, arrays), here, found, strict=False)  # a digit for each
+            odd = next((n for n, a, b in frozen if a != b), "the set of frozen weights")
             raise ValueError(
-                f"made for another model: {(odd or ['the set of frozen weights'])[0]} differs; "
-                "load it on the base that it was trained on"
+                f"made for another model: {odd} differs; load it on the base that it was trained on"
             )
         _fill(expected, arrays)
     freeze(put_all(model, fresh))

@@ -114,9 +114,11 @@ def fit(
                     # one square that overflows counts too: Adam would divide by infinity
                     size = sum(np.vdot(p.grad, p.grad) for p in trained if p.grad is not None)
                 if not np.isfinite(loss.data + size):
+                    bad = not np.isfinite(loss.data)
+                    what = f"the loss is {loss.item()}" if bad else "a gradient is not finite"
                     raise FloatingPointError(
-                        f"the loss is {loss.item()}, its gradient squared {size:g} at step {step} "
-                        f"of {steps}; a lower learning rate than {lr:g} may help"
+                        f"{what} at step {step} of {steps}; "
+                        f"a lower learning rate than {lr:g} may help"
                     )
                 optimizer.step(lr * schedule(step, steps))
                 history.loss.append(loss.item())

@@ -3,7 +3,7 @@
 What a person sets for their own work would otherwise reach the tests: an IPython profile that
 prints more, a matplotlibrc of another size, a start-up file, a folder of modules, a locale,
 colours. Kernels and pytest's workers inherit the environment, so it is set once, in the process
-that starts them: by `conftest.py` and by `refresh_notebooks.py`.
+that starts them: by `plugin.py` and by `refresh_notebooks.py`.
 """
 
 import atexit

@@ -27,14 +27,13 @@ from minilora import (
     lora,
     merge,
     ops,
-    task_batches,
     tasks,
     unfreeze,
 )
 from minilora.peft import LoRAEmbedding
 from minilora.surgery import wrappers
 
-law = settings(max_examples=40)  # the rest of the profile is in conftest.py
+law = settings(max_examples=40)  # the rest of the profile is in plugin.py
 both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -425,28 +424,34 @@ def test_targets_that_are_ignored_change_nothing(n, v, ignored, seed):
 
 # ------------------------------------------------------------------ and it learns
 
-NEW = "reverse_shift"
+HARD = "sort_descending"
 
 
-def tuned(recipe, lr):
-    """The share of trainable parameters, and the exact match after 200 steps."""
+def tuned(recipe, lr, seed):
+    """The share of trainable parameters, and the exact match after 400 steps."""
     model = load_base(np.float32)
     frozen = {name: p.data.copy() for name, p in model.named_parameters()}
     recipe(model)
     share = count(model, quiet=True).trainable / sum(a.size for a in frozen.values())
-    fit(model, task_batches(NEW, 32), steps=200, lr=lr, progress=False)
+    fit(model, HARD, steps=400, lr=lr, seed=seed, progress=False)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             np.testing.assert_array_equal(p.data, frozen[name.replace(".base.", ".")])
-    return share, evaluate(model, load_eval(NEW)).exact_match
+    return share, evaluate(model, load_eval(HARD)).exact_match
 
 
-@pytest.mark.slow
-def test_lora_comes_within_ten_points_of_full_fine_tuning_with_a_tenth_of_its_parameters():
-    assert evaluate(load_base(), load_eval(NEW)).exact_match == 0  # new to the base
-    share, whole = tuned(full, 5e-3)
-    assert share == 1
-    assert whole > 0.8
-    share, low = tuned(lambda m: low_rank(m, r=4), 2e-2)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2)),
+    ],
+)
+def test_lora_comes_within_ten_points_of_full_fine_tuning_with_a_tenth_of_its_parameters(seed):
+    assert evaluate(load_base(), load_eval(HARD)).exact_match == 0  # new to the base
+    share, whole = tuned(full, 2e-3, seed)
+    assert share == 1 and whole > 0.8
+    rng = np.random.default_rng(seed)
+    share, low = tuned(lambda m: lora(m, r=4, targets="blocks.*", rng=rng), 2e-2, seed)
     assert share < 0.1
-    assert low > whole - 0.10
+    assert low > whole - 0.10, f"seed {seed}: full {whole:.1%}, LoRA {low:.1%}"

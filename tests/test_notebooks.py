@@ -320,8 +320,8 @@ def outcomes(tmp_path_factory):
         "LC_ALL": "C",
         "COLUMNS": "20",
     }
-    # Both files must be named, for the notebook lies elsewhere.
-    options = "-c pyproject.toml -p conftest -p no:cacheprovider -n 0 -rA --color=no".split()
+    # The notebook lies elsewhere, so the settings must be named.
+    options = "-c pyproject.toml -p no:cacheprovider -n 0 -rA --color=no".split()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, folder / "facts.ipynb"],
         cwd=ROOT,

@@ -286,7 +286,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_step(bad):
     model, wanted = Poisoned(), Poisoned()
     with pytest.raises(FloatingPointError) as error, np.errstate(all="ignore"):
         quick(model, draw_until(2), steps=9, schedule=constant)
-    assert "the loss is nan" in str(error.value) and "step 2 of 9" in str(error.value)
+    text = "the loss is nan at step 2 of 9; a lower learning rate than 0.01 may help"
+    assert str(error.value) == text
     quick(wanted, draw_until(2), steps=2, schedule=constant)
     assert_same(model, weights(wanted))
     assert not model.training and all(p.grad is None for p in model.parameters())
@@ -452,11 +453,7 @@ def test_every_module_gets_its_own_mode_back():
     model = small()
     model.blocks[0].training = True
     quick(model, steps=1)
-    assert [m.training for m in (model, *model.blocks)] == [
-        False,
-        True,
-        *[False] * (len(model.blocks) - 1),
-    ]
+    assert [n for n, m in model.named_modules() if m.training] == ["blocks.0"]
 
 
 def test_a_run_goes_on_from_saved_state_as_if_it_had_not_stopped():

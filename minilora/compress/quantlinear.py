@@ -1,5 +1,7 @@
 """Quantised layers: `QuantLinear` holds packed codes, `StraightThrough` trains towards them."""
 
+from math import prod
+
 import numpy as np
 
 from .. import ops
@@ -96,7 +98,9 @@ class QuantLinear(Linear):
             ValueError: if an array is missing, unknown, not finite, or of another shape or dtype
                 than the config says, or if the config holds a bad setting.
         """
-        dtype = np.dtype(dtype or config["dtype"])
+        dtype, n = np.dtype(dtype or config["dtype"]), prod(config["shape"])
+        if n > 8 * arrays["codes"].size:  # a bit each is the least; before anything is made
+            raise ValueError(f"{n} weights are claimed, for codes of {arrays['codes'].size} bytes")
         w, bias = np.zeros(config["shape"], dtype), arrays.get("bias")
         settings = {name: config[name] for name in ("bits", "block", "double")}
         settings |= {"kind": config["format"], "levels": arrays.get("levels")}
