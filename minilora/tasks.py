@@ -1,7 +1,8 @@
 """Toy skills on strings of letters: `task letters > answer`, such as `sort dab > abd`.
 
 A string is 8 letters out of 16. One token names the task, one each stands for a letter and
-one for `>`. The base model is pre-trained on five skills; the others are new to it.
+one for `>`. The base model is pre-trained on five skills. In a part of its examples `?` stands in
+place of the name, so `?` is the name of whatever comes next, and each new task is asked under it.
 """
 
 import numpy as np
@@ -17,15 +18,25 @@ SKILLS = {
     "shift": lambda x: (x + 1) % len(LETTERS),
     "swap": lambda x: x.reshape(-1, LENGTH // 2, 2)[:, :, ::-1].reshape(-1, LENGTH),
 }
-NEW_SKILLS = {
-    "sort_descending": lambda x: np.sort(x, axis=1)[:, ::-1],  # the hard one
-    "reverse_shift": lambda x: (x[:, ::-1] + 1) % len(LETTERS),  # the easy one: two known skills
+NEW_SKILLS = {  # each is asked under `?`
+    "unnamed_sort": SKILLS["sort"],
+    "unnamed_reverse": SKILLS["reverse"],
+    "reverse_shift": lambda x: SKILLS["shift"](SKILLS["reverse"](x)),
+    "swap_shift": lambda x: SKILLS["shift"](SKILLS["swap"](x)),
+    "sort_descending": lambda x: np.sort(x, axis=1)[:, ::-1],
+    "interleave": lambda x: x.reshape(-1, 2, LENGTH // 2).swapaxes(1, 2).reshape(-1, LENGTH),
+}
+DISTANCES = {  # from what the base can do to a new task
+    "elicit": ("unnamed_sort", "unnamed_reverse"),  # a skill that it has
+    "compose": ("reverse_shift", "swap_shift"),  # two that it has, in turn for each letter
+    "build": ("sort_descending", "interleave"),  # one that it lacks
 }
 TASKS = SKILLS | NEW_SKILLS
 
-TOKENS = [*LETTERS, ">", *TASKS]
+# `unused` is never trained: a trap for whoever gives a new task a name of its own
+TOKENS = [*LETTERS, ">", *SKILLS, "?", "unused"]
 VOCAB_SIZE = len(TOKENS)
-SEP = TOKENS.index(">")
+SEP, UNNAMED = TOKENS.index(">"), TOKENS.index("?")
 PROMPT = LENGTH + 2  # the task, the letters and `>`
 N_POSITIONS = PROMPT + LENGTH - 1  # the last letter of the answer is never an input
 
@@ -44,7 +55,7 @@ def sample(task, n, rng):
         n: how many. rng: a `numpy.random.Generator`.
 
     Returns:
-        Token ids (n, 18): task, 8 letters, `>`, 8 letters.
+        Token ids (n, 18): the task's name, or `?` for a new one, 8 letters, `>`, 8 letters.
     """
     names = [task] if isinstance(task, str) else list(task)
     for name in names:
@@ -52,7 +63,7 @@ def sample(task, n, rng):
     x = rng.integers(len(LETTERS), size=(n, LENGTH))
     which = rng.integers(len(names), size=n)
     answers = np.stack([TASKS[name](x) for name in names])[which, np.arange(n)]  # (n, LENGTH)
-    first = np.array([TOKENS.index(name) for name in names])[which]
+    first = np.array([TOKENS.index(name if name in SKILLS else "?") for name in names])[which]
     return np.column_stack([first, x, np.full(n, SEP), answers])
 
 

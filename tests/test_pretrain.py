@@ -34,10 +34,10 @@ def test_the_checksums_are_those_of_the_files():
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_data_are_under_a_megabyte_and_nothing_else_is_there():
+def test_the_data_are_small_and_nothing_else_is_there():
     files = {p.name: p.stat().st_size for p in DATA.iterdir() if p.name[0] != "."}
     assert files.keys() == {*MADE, "compare.json", "SHA256SUMS", "README.md"}
-    assert sum(files.values()) < 1e6
+    assert sum(files.values()) < 1.5e6
 
 
 def test_the_evaluation_sets_come_out_the_same():
@@ -53,7 +53,7 @@ def test_the_recipe_that_was_used_is_the_one_in_the_code():
     assert HISTORY["recipe"] == pretrain.RECIPE
     assert len(HISTORY["loss"]) == pretrain.RECIPE["steps"]
     steps = [step for step, _ in HISTORY["exact_match"]]
-    assert steps == list(range(0, pretrain.RECIPE["steps"] + 1, 50))
+    assert steps == list(range(0, pretrain.RECIPE["steps"] + 1, 100))
 
 
 def test_a_short_run_of_the_recipe_follows_the_same_loss():
@@ -65,16 +65,23 @@ def test_a_short_run_of_the_recipe_follows_the_same_loss():
     np.testing.assert_allclose(history.loss, HISTORY["loss"][:30], rtol=1e-5)
 
 
-def test_the_base_scores_what_its_history_says_and_nothing_on_new_skills():
+def test_the_base_scores_what_its_history_says_and_little_on_new_skills():
     base = load_base(np.float32)
     step, last = HISTORY["exact_match"][-1]
     assert step == pretrain.RECIPE["steps"]
     for task in tasks.TASKS:
         exact = evaluate(base, load_eval(task)).exact_match
         if task in tasks.SKILLS:
-            assert exact == pytest.approx(last[task], abs=0.005) and exact > 0.9
-        else:
-            assert exact == 0
+            assert exact == pytest.approx(last[task], abs=0.005) and exact >= 0.97
+        else:  # what it can do, it does now and then under `?`
+            assert exact < 0.2 if task in tasks.DISTANCES["elicit"] else exact == 0
+
+
+def test_a_quarter_of_a_batch_has_no_name_and_nothing_has_the_unused_one():
+    inputs, targets = pretrain.draw(np.random.default_rng(0))
+    assert inputs.shape == targets.shape == (64, 17) and targets.min() >= 0
+    assert (inputs[:, 0] == tasks.UNNAMED).sum() == 16
+    assert not (inputs == tasks.TOKENS.index("unused")).any()
 
 
 def test_fresh_is_the_same_each_time_and_of_the_size_on_the_data_card():

@@ -12,8 +12,12 @@ PLAIN = {
     "sort": lambda s: "".join(sorted(s)),
     "shift": lambda s: "".join(NEXT[c] for c in s),
     "swap": lambda s: "".join(s[i + 1] + s[i] for i in range(0, 8, 2)),
-    "sort_descending": lambda s: "".join(sorted(s, reverse=True)),
+    "unnamed_sort": lambda s: "".join(sorted(s)),
+    "unnamed_reverse": lambda s: s[::-1],
     "reverse_shift": lambda s: "".join(NEXT[c] for c in reversed(s)),
+    "swap_shift": lambda s: "".join(NEXT[s[i + 1]] + NEXT[s[i]] for i in range(0, 8, 2)),
+    "sort_descending": lambda s: "".join(sorted(s, reverse=True)),
+    "interleave": lambda s: "".join(a + b for a, b in zip(s[:4], s[4:], strict=True)),
 }
 
 
@@ -25,7 +29,7 @@ def rng(seed=0):
 def test_a_skill_is_the_plain_one(task):
     for ids in tasks.sample(task, 50, rng()):
         name, letters, mark, answer = tasks.decode(ids).split()
-        assert (name, mark) == (task, ">")
+        assert (name, mark) == (task if task in tasks.SKILLS else "?", ">")
         assert answer == PLAIN[task](letters)
         assert len(letters) == 8 and set(letters) <= set(tasks.LETTERS)
 
@@ -38,11 +42,16 @@ def test_no_skill_changes_what_it_is_given():
     np.testing.assert_array_equal(x, before)
 
 
-def test_the_vocabulary_is_letters_a_mark_and_tasks():
+def test_the_vocabulary_is_letters_a_mark_skills_and_a_name_for_all_else():
     assert list(tasks.TASKS) == [*tasks.SKILLS, *tasks.NEW_SKILLS] == list(PLAIN)
-    assert len(set(tasks.TOKENS)) == tasks.VOCAB_SIZE == 16 + 1 + 7
-    assert tasks.TOKENS[tasks.SEP] == ">"
+    assert len(set(tasks.TOKENS)) == tasks.VOCAB_SIZE == 16 + 1 + 5 + 2
+    assert (tasks.TOKENS[tasks.SEP], tasks.TOKENS[tasks.UNNAMED]) == (">", "?")
     assert (tasks.PROMPT, tasks.N_POSITIONS) == (10, 17)
+
+
+def test_each_new_skill_is_at_one_distance():
+    assert [name for names in tasks.DISTANCES.values() for name in names] == list(tasks.NEW_SKILLS)
+    assert min(map(len, tasks.DISTANCES.values())) >= 2
 
 
 def test_sample_is_seeded_and_draws_afresh():
@@ -81,7 +90,7 @@ def test_inputs_and_targets_are_one_token_apart():
 
 
 def test_decode_and_encode_are_inverse():
-    text = "sort_descending dabcpabc > pdccbbaa"
+    text = "? dabcpabc > pdccbbaa"
     ids = tasks.encode(text)
     assert tasks.decode(ids) == text
     assert ids.dtype.kind == "i" and len(ids) == 18
@@ -97,5 +106,5 @@ def test_text_of_other_letters_is_refused():
 
 @pytest.mark.parametrize("task", ["srot", ["sort", "srot"]])
 def test_an_unknown_task_is_refused_with_the_list(task):
-    with pytest.raises(ValueError, match="task is 'srot'; expected one of copy, .*, reverse_shift"):
+    with pytest.raises(ValueError, match="task is 'srot'; expected one of copy, .*, interleave"):
         tasks.sample(task, 1, rng())

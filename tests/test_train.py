@@ -378,7 +378,7 @@ def shaken():
     """The base with noise on its weights, so that it gets some answers right and some not."""
     model, rng = load_base(), np.random.default_rng(0)
     for p in model.parameters():
-        p.data += 0.3 * p.data.std() * rng.standard_normal(p.shape)
+        p.data += 0.25 * p.data.std() * rng.standard_normal(p.shape)
     return model
 
 
