@@ -45,7 +45,7 @@ METHODS = {
     "houlsby": lambda m: ml.adapter(m, 3, norms=False, rng=_rng()),
     "pfeiffer": lambda m: ml.adapter(m, 3, "pfeiffer", rng=_rng()),
     "near": lambda m: ml.adapter(m, 3, start="near", norms=False, rng=_rng()),
-    "norms": lambda m: ml.adapter(m, 3, norms=True, rng=_rng()),
+    "norms": lambda m: ml.adapter(m, 3, rng=_rng()),
     "parallel": lambda m: ml.adapter(m, 3, "pfeiffer", parallel=True, scale=4, rng=_rng()),
     "token rows": lambda m: ml.token_rows(m, [7, 2]),
     "prefix": lambda m: ml.prefix(m, 3, rng=_rng()),
@@ -320,6 +320,24 @@ def test_an_adapter_is_the_papers_formula(rng):
     h = attention(x).data
     inner = ops.gelu(ml.Tensor(h @ adapter.adapter_down.weight.data.T)).data
     np.testing.assert_allclose(adapter(x).data, h + inner @ adapter.adapter_up.weight.data.T)
+
+
+@pytest.mark.parametrize(
+    "settings, train",
+    [
+        ({}, True),
+        ({"where": "pfeiffer"}, False),
+        ({"parallel": True}, False),
+        ({"where": ["blocks.*.mlp"]}, False),
+        ({"norms": False}, False),
+        ({"where": "pfeiffer", "norms": True}, True),
+    ],
+)
+def test_the_norms_train_where_the_paper_has_it(settings, train):
+    model = ml.adapter(tiny(), 3, rng=_rng(), **settings)
+    norms = {n for n, _ in model.named_parameters() if "norm" in n}
+    assert len(norms) == 10
+    assert norms & set(model.trainable()) == (norms if train else set())
 
 
 def test_a_parallel_adapter_takes_what_the_base_takes(rng):

@@ -58,7 +58,7 @@ class Adapter(Wrapper):
 
 
 def adapter(
-    model, r=8, where="houlsby", *, start="exact", parallel=False, scale=1.0, norms=False, rng
+    model, r=8, where="houlsby", *, start="exact", parallel=False, scale=1.0, norms=None, rng
 ):
     """Freeze the model and put bottleneck adapters inside the residual branches.
 
@@ -67,8 +67,9 @@ def adapter(
         r, start, parallel, scale, rng: as for `Adapter`.
         where: `"houlsby"`: after attention and after the MLP, two a block; `"pfeiffer"`: after
             the MLP, one a block; or patterns for attention and MLPs.
-        norms: whether the LayerNorms train too, as in the papers' parameter counts. They are not
-            in the wrappers: `detach` leaves them as they are.
+        norms: whether the LayerNorms train too. If not given, as the papers have it: Houlsby's do
+            ("new layer normalization parameters per task", section 2.1), Pfeiffer's stay as they
+            were pre-trained. They are not in the wrappers: `detach` leaves them as they are.
 
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247.
     """
@@ -76,6 +77,7 @@ def adapter(
     patterns = named.get(where, where) if isinstance(where, str) else where
     settings = {"start": start, "parallel": parallel, "scale": scale, "rng": rng}
     found = plain(model, patterns, "q k v o|up down")
+    norms = where == "houlsby" and not parallel if norms is None else norms
     beside = [p for name, p in model.named_parameters() if norms and "norm" in name]
     wear(model, {name: Adapter(base, r, **settings) for name, base in found.items()})
     for p in beside:
