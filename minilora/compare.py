@@ -1,12 +1,13 @@
 """Every method on the same base, the same tasks and the same steps: `python -m minilora.compare`.
 
-For each method and budget the learning rate is chosen on a validation set, with a seed of its
-own; then five other seeds are trained and scored on the test set. On the harder task the middle
-budget is trained three times as long as well, since 300 steps measure speed more than ability.
-Each finished run is written at once, so that Ctrl-C loses only the run that is under way and the
-next call goes on from there.
+Three distances from what the base can do, two new tasks at each. The learning rate of each setting
+is chosen on a validation set: from four rates a factor of two apart, and from more if the best
+stands at an edge; the best and its neighbours are tried with a second seed. Then five other seeds
+are trained and scored on the test set. Each finished run is written at once, so that Ctrl-C loses
+only the runs that are under way and the next call goes on from there.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import io, peft, safetensors, surgery, tasks
-from .command import Parser, whole
+from .command import Parser, table, whole
 from .train import evaluate, fit, task_batches
 
 try:
@@ -29,10 +30,9 @@ except ImportError:  # a browser has one process; notebooks only read the result
     ProcessPoolExecutor = as_completed = None
 
 STEPS, LONG, BATCH = 300, 900, 64
-LONG_TASK, LONG_BUDGETS = "sort_descending", ("medium", "its own")
 BUDGETS = {"small": 2_304, "medium": 9_216, "large": 36_864}  # LoRA on every layer, r = 1, 4, 16
-SEEDS = (1, 2, 3, 4, 5)
-TUNING_SEED, VALIDATION_SEED = 0, 4096  # neither is one of SEEDS or that of the test set
+SEEDS, TUNING_SEEDS, VALIDATION_SEED = (1, 2, 3, 4, 5), (0, 6), 4096
+FIRST = [names[0] for names in tasks.DISTANCES.values()]  # one task of each distance
 MOST_JOBS = 61  # so many processes a pool on Windows can wait for
 
 # ------------------------------------------------------------------ the methods
@@ -41,36 +41,43 @@ MOST_JOBS = 61  # so many processes a pool on Windows can wait for
 class Method(NamedTuple):
     """How to prepare a model, and what to try.
 
-    `recipe` takes (model, size, rng=…). `sizes` are the rank, width or length at each of BUDGETS,
-    or OWN if the method has no such knob; its recipe then takes the model alone. `lrs` are the
-    learning rates to choose from.
+    `recipe` takes (model, size, rng=…). `sizes` are the rank, width or length at each of BUDGETS;
+    or there is one, for a method that has no budget but its own: if it is None, the recipe takes
+    the model alone. `lr` is the lowest of the four learning rates that are tried at first.
     """
 
     recipe: object
     sizes: tuple
-    lrs: tuple
+    lr: float
     optimizer: object = None
     room: bool = False  # whether it puts as many positions as its size before the tokens
 
+    @property
+    def lrs(self):
+        """The rates to begin with."""
+        return [self.lr * 2**i for i in range(4)]
+
 
 LORA, PLUS = partial(peft.lora, targets="blocks.*"), partial(peft.lora_plus, ratio=8)
-ADAPTER = partial(peft.adapter, norms=False)
-OWN, RANKS = (None,), (1, 4, 16)
-RATES, SOFT = (3e-3, 1e-2, 2e-2, 4e-2), (1e-2, 3e-2, 1e-1, 3e-1)
+ADAPTER = partial(peft.adapter, norms=True)
+ROW = partial(peft.token_rows, tokens=[tasks.UNNAMED])
+OWN, RANKS, WIDTHS = (None,), (1, 4, 16), (3, 16, 70)
 METHODS = {
-    "full": Method(peft.full, OWN, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
-    "lora": Method(LORA, RANKS, RATES),
-    "lora q,v": Method(peft.lora, (4, 16, 64), RATES),
-    "rslora": Method(partial(LORA, rslora=True), RANKS, RATES),
-    "lora+": Method(LORA, RANKS, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), PLUS),
-    "dora": Method(partial(LORA, variant=peft.DoRA), RANKS, (*RATES, 8e-2)),
-    "pissa": Method(partial(LORA, variant=peft.PiSSA), RANKS, (1e-3, *RATES)),
-    "adapter": Method(ADAPTER, (4, 17, 70), RATES),
-    "adapter, 1 a block": Method(partial(ADAPTER, where="pfeiffer"), (8, 35, 142), RATES),
-    "prefix": Method(peft.prefix, (9, 36, 144), SOFT, room=True),
-    "prompt": Method(peft.prompt, (36, 144, None), SOFT, room=True),
-    "ia3": Method(peft.ia3, OWN, SOFT),
-    "bitfit": Method(peft.bitfit, OWN, RATES),
+    "full": Method(peft.full, OWN, 2e-3),
+    "lora": Method(LORA, RANKS, 5e-3),
+    "lora q,v": Method(peft.lora, (4, 16, 64), 1e-2),
+    "rslora": Method(partial(LORA, rslora=True), RANKS, 5e-3),
+    "lora+": Method(LORA, RANKS, 2e-3, PLUS),
+    "dora": Method(partial(LORA, variant=peft.DoRA), RANKS, 5e-3),
+    "pissa": Method(partial(LORA, variant=peft.PiSSA), RANKS, 2.5e-3),
+    "adapter": Method(ADAPTER, WIDTHS, 1e-2),
+    "pfeiffer": Method(partial(ADAPTER, where="pfeiffer"), (6, 33, 140), 1e-2),
+    "parallel": Method(partial(ADAPTER, parallel=True), WIDTHS, 1e-2),
+    "prefix": Method(partial(peft.prefix, hidden=64), (9, 36, 144), 5e-3, room=True),
+    "prompt": Method(peft.prompt, (9,), 5e-2, room=True),
+    "ia3": Method(peft.ia3, OWN, 5e-2),
+    "bitfit": Method(peft.bitfit, OWN, 2.5e-2),
+    "token row": Method(ROW, OWN, 5e-2),
 }
 
 
@@ -78,7 +85,7 @@ def prepared(method, size, seed, dtype=np.float32):
     """The base, made ready by a method, with room for what it puts before the tokens."""
     chosen = METHODS[method]
     model = io.load_base(dtype, n_positions=tasks.N_POSITIONS + size if chosen.room else None)
-    if chosen.sizes == OWN:
+    if size is None:
         return chosen.recipe(model)
     return chosen.recipe(model, size, rng=np.random.default_rng(seed))
 
@@ -86,15 +93,15 @@ def prepared(method, size, seed, dtype=np.float32):
 def points(method):
     """(budget, size) for each size that a method is tried at."""
     sizes = METHODS[method].sizes
-    if sizes == OWN:
-        return [("its own", None)]
-    return [(b, s) for b, s in zip(BUDGETS, sizes, strict=True) if s is not None]
+    return [("its own", *sizes)] if len(sizes) == 1 else list(zip(BUDGETS, sizes, strict=True))
 
 
 # ------------------------------------------------------------------ one run
 
+# what is compared; `examples` is the size of the training set, 0 if each step draws new ones
+Setting = namedtuple("Setting", "task method budget examples steps")
 # the arguments of `run`, which tell one run from another
-Run = namedtuple("Run", "task method budget lr seed steps")
+Run = namedtuple("Run", (*Setting._fields, "lr", "seed"))
 
 
 def key(row):
@@ -102,31 +109,42 @@ def key(row):
     return Run(*(row[name] for name in Run._fields))
 
 
-def run(task, method, budget, lr, seed, steps=STEPS):
+def run(task, method, budget, examples, steps, lr, seed):
     """Train once and score.
 
     Returns:
-        A dictionary: the arguments, the size, what trains, the loss at the end of training, and
-        the score: on the validation set for the tuning seed, on the test set for the others.
+        A dictionary: the arguments, the size, how many numbers train and how many are kept (of a
+        prefix, what its MLP computes), the loss at the end of training, and the score: on the validation set for a tuning seed, on the test set for the others.
     """
-    size, draw = dict(points(method))[budget], task_batches(task, BATCH)
-    model, special = prepared(method, size, seed), METHODS[method].optimizer
+    size, special = dict(points(method))[budget], METHODS[method].optimizer
+    model = prepared(method, size, seed)
     adam = special and special(model, lr)
-    row = Run(task, method, budget, lr, seed, steps)._asdict()
-    row |= {"size": size, "trainable": surgery.count(model, quiet=True).trainable}
+    row = Run(task, method, budget, examples, steps, lr, seed)._asdict()
+    folded = peft.fold(prepared(method, size, seed))  # what a file must keep of a prefix
+    for name, counted in (("trainable", model), ("kept", folded)):
+        row[name] = surgery.count(counted, quiet=True).trainable
+    row["size"] = size
+    draw = a_few(task, examples, seed) if examples else task_batches(task, BATCH)
     try:
         history = fit(model, draw, steps=steps, lr=lr, seed=seed, optimizer=adam, progress=False)
     except FloatingPointError:
         return row | {"exact": 0.0, "letters": 0.0, "loss": None, "train_loss": None}
     if history.interrupted:
         raise KeyboardInterrupt
-    score = evaluate(model, validation_set(task) if seed == TUNING_SEED else io.load_eval(task))
+    peft.fold(model)
+    score = evaluate(model, validation_set(task) if seed in TUNING_SEEDS else io.load_eval(task))
     return row | {
         "exact": score.exact_match,
         "letters": round(score.token_accuracy, 5),
         "loss": round(score.loss, 6),
         "train_loss": round(float(np.mean(history.loss[-20:])), 6),
     }
+
+
+def a_few(task, n, seed):
+    """A `draw` for `fit` that has seen no more than `n` examples, which depend on the seed."""
+    own = tasks.sample(task, n, np.random.default_rng(10_000 + seed))
+    return lambda rng: tasks.inputs_and_targets(own[rng.permutation(n)[:BATCH]])
 
 
 def validation_set(task):
@@ -136,88 +154,174 @@ def validation_set(task):
 
 # ------------------------------------------------------------------ the plan
 
-# A setting is (task, method, budget). Each stage takes the settings and their best rates so far.
+FEW = [("full", "its own"), ("lora", "small"), ("lora", "medium"), ("adapter", "medium")]
+FEW += [("bitfit", "its own"), ("token row", "its own")]
+EXAMPLES = (8, 32, 128, 512)
 
 
-def tuning(settings, best):
-    """The runs that choose the learning rates."""
-    return [Run(*at, lr, TUNING_SEED, STEPS) for at in settings for lr in METHODS[at[1]].lrs]
+def middle(rows):
+    """Every method on every task, at the middle budget or its own."""
+    usual = [(m, budget) for m in METHODS for budget, _ in points(m) if budget in MIDDLE]
+    return [Setting(task, *at, 0, STEPS) for task in tasks.NEW_SKILLS for at in usual]
 
 
-def measured(settings, best):
-    """The runs that count: five seeds at the best rate."""
-    return [Run(*at, best[at], seed, STEPS) for at in settings for seed in SEEDS]
+def few(rows):
+    """A few examples, on a task that the base knows and on one that it must build."""
+    ends = FIRST[0], FIRST[-1]
+    return [Setting(task, *at, n, STEPS) for task in ends for n in EXAMPLES for at in FEW]
 
 
-def longer(settings, best):
-    """The same at the middle budget of the harder task, three times as long, at the same rates."""
-    some = [at for at in settings if at[0] == LONG_TASK and at[2] in LONG_BUDGETS]
-    return [Run(*at, best[at], seed, LONG) for at in some for seed in SEEDS]
+def longer(rows):
+    """Three times as long, on a task of each distance, where 300 steps were not enough."""
+    short = [at for at in middle(rows) if at.task in FIRST and scores(rows, at)]
+    return [at._replace(steps=LONG) for at in short if np.mean(scores(rows, at)) < 0.95]
 
 
-PLAN = {"choosing rates": tuning, "five seeds": measured, "three times as long": longer}
+def others(rows):
+    """The small and the large budget, on a task of each distance."""
+    ends = [(m, budget) for m in METHODS for budget, _ in points(m) if budget not in MIDDLE]
+    return [Setting(task, *at, 0, STEPS) for task in FIRST for at in ends]
+
+
+MIDDLE = "medium", "its own"
+# what each takes into account of the rows so far comes from those above it
+PLAN = {"distances": middle, "few examples": few, "three times as long": longer, "budgets": others}
 
 # ------------------------------------------------------------------ what the rows say
 
 
-def best_rates(rows):
-    """The learning rate of the best tuning run for each (task, method, budget)."""
-    best = {}
+def choose(lrs, seen):
+    """The best of some learning rates, and what must be run before it can be named.
+
+    Args:
+        lrs: rates, rising by factors of two. seen: (rate, seed) to (exact match, -loss).
+
+    Returns:
+        The rate, or None, and the (rate, seed) still to run. The best is never at an edge.
+    """
+    lrs, (first, second) = list(lrs), TUNING_SEEDS
+    while True:
+        if todo := [(lr, first) for lr in lrs if (lr, first) not in seen]:
+            return None, todo
+        best = max(lrs, key=lambda lr: seen[lr, first])
+        if lrs[0] < best < lrs[-1]:
+            break
+        lrs = [lrs[0] / 2, *lrs] if best == lrs[0] else [*lrs, 2 * best]
+    while True:
+        around = (best / 2, best, 2 * best)
+        if todo := [(lr, s) for lr in around for s in TUNING_SEEDS if (lr, s) not in seen]:
+            return None, todo
+        mean = {lr: np.add(seen[lr, first], seen[lr, s]) for lr, s in seen if s == second}
+        top = max(mean, key=lambda lr: tuple(mean[lr]))
+        if top == best:
+            return best, []
+        best = top
+
+
+def tuned(rows):
+    """For each setting that was tuned, what `choose` says of it."""
+    seen = {}
     for row in rows:
-        at, rank = key(row)[:3], (row["exact"], -np.inf if row["loss"] is None else -row["loss"])
-        if row["seed"] == TUNING_SEED and (at not in best or rank > best[at][0]):
-            best[at] = (rank, row["lr"])
-    return {at: lr for at, (_, lr) in best.items()}
+        if row["seed"] in TUNING_SEEDS:
+            rank = row["exact"], -np.inf if row["loss"] is None else -row["loss"]
+            seen.setdefault(Setting(*key(row)[:5]), {})[row["lr"], row["seed"]] = rank
+    return {at: choose(METHODS[at.method].lrs, found) for at, found in seen.items()}
+
+
+def missing(settings, rows):
+    """The runs that can be made now: for choosing rates first, then five seeds at the best."""
+    known, done = tuned(rows), {key(row) for row in rows}
+    todo = []
+    for at in settings:
+        lr, more = known.get(at, choose(METHODS[at.method].lrs, {}))
+        todo += [Run(*at, *one) for one in more or [(lr, seed) for seed in SEEDS]]
+    return [one for one in todo if one not in done]
 
 
 def settled(rows):
-    """The tuning runs, and of the others those at the best rate: a wider choice may change it."""
-    best = best_rates(rows)
-    return [r for r in rows if r["seed"] == TUNING_SEED or r["lr"] == best.get(key(r)[:3])]
+    """The tuning runs, and of the others those at the best rate: a later choice may change it."""
+    best = {at: lr for at, (lr, _) in tuned(rows).items()}
+    return [r for r in rows if r["seed"] in TUNING_SEEDS or r["lr"] == best.get(key(r)[:5])]
 
 
-def scores(rows, task, method, budget, name="exact", steps=STEPS):
+def scores(rows, setting, name="exact"):
     """What the measured runs of one setting scored, one number for each seed, in their order."""
-    setting = {"task": task, "method": method, "budget": budget, "steps": steps}
-    found = {row["seed"]: row[name] for row in rows if setting.items() <= row.items()}
+    found = {row["seed"]: row[name] for row in rows if key(row)[:5] == setting}
     return [found[seed] for seed in SEEDS if seed in found]
+
+
+def plateau(rows, setting):
+    """The best rate, and what half of it, itself and twice it scored, the mean of two seeds."""
+    seen, lr = {}, tuned(rows)[setting][0]
+    for row in rows:
+        if key(row)[:5] == setting and row["seed"] in TUNING_SEEDS:
+            seen.setdefault(row["lr"], []).append(row["exact"])
+    return lr, [float(np.mean(seen[lr * factor])) for factor in (0.5, 1, 2)]
+
+
+def by_distance(rows, methods=METHODS):
+    """Scores at the middle budget: method to {distance: five means over its tasks, by seed}."""
+    found = {}
+    for at in middle(rows):
+        if at.method in methods and len(got := scores(rows, at)) == len(SEEDS):
+            found.setdefault(at.method, {})[at.task] = got
+    return {
+        method: {d: np.mean([of[t] for t in names], axis=0) for d, names in tasks.DISTANCES.items()}
+        for method, of in found.items()
+        if len(of) == len(tasks.NEW_SKILLS)
+    }
 
 
 # ------------------------------------------------------------------ the file and the work
 
 
-def load(path):
+def story():
+    """What decides the numbers: runs that differ in it do not stand in one file."""
+    sums = {
+        f: hashlib.sha256((io.DATA / f"{f}.safetensors").read_bytes()) for f in ("base", "eval")
+    }
+    found = {"command": "python -m minilora.compare", "minilora": version("minilora")}
+    found |= {"numpy": np.__version__, "batch_size": BATCH}
+    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
+
+
+def load(path, made_by=None):
     """The finished runs in a file, or none if there is no file.
 
     Raises:
-        ValueError: if the file is damaged, or holds something else.
+        ValueError: if the file is damaged, or holds something else, or if what made it differs
+            from `made_by`.
     """
     if not path.exists():
         return []
     try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        runs = found.pop("runs")
         rows = {key(row): row for row in runs}
-        best_rates(runs)
+        tuned(runs)
     except (KeyError, RecursionError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged, or holds no runs") from None
+    if made_by is not None and found != made_by:
+        name = next(n for n in {**made_by, **found} if made_by.get(n) != found.get(n))
+        raise ValueError(
+            f"the runs in {path} were made with {name} {found.get(name)}; here is "
+            f"{made_by.get(name)}, and they do not mix"
+        )
     return list(rows.values())
 
 
 def save(path, rows):
     """Write the runs, in a fixed order, with what made them. Atomic."""
-    story = {"command": "python -m minilora.compare", "version": version("minilora")}
-    head = json.dumps(story | {"steps": STEPS, "batch_size": BATCH})
     rows = sorted(rows, key=lambda row: list(map(str, key(row))))
     lines = ",\n".join(map(json.dumps, rows))
+    head = json.dumps(story())
     safetensors.write_whole(path, [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n'.encode()])
 
 
 def work(todo, rows, path, jobs, label):
-    """Do the runs that are not in `rows`, `jobs` at a time, and write each when it is finished."""
+    """Do some runs, `jobs` at a time, and write each when it is finished."""
     import multiprocessing  # here, since a browser has none
 
-    done = {key(row) for row in rows}
-    todo = [at for at in todo if at not in done]
     fresh = multiprocessing.get_context("spawn")  # a forked process keeps the threads of this one
     with ProcessPoolExecutor(jobs, fresh) as pool, tqdm(total=len(todo), desc=label) as bar:
         try:
@@ -229,6 +333,39 @@ def work(todo, rows, path, jobs, label):
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for the rest
 
 
+def spread(values):
+    """Shares as text: their mean, and the lowest and the highest."""
+    return "{:.0f} ({:.0f}-{:.0f})".format(*(100 * f(values) for f in (np.mean, np.min, np.max)))
+
+
+def told(rows):
+    """The tables of what the rows say, as text."""
+    parts = ["Exact match in %, the mean over tasks: mean (lowest-highest) of five seeds.\n"]
+    columns = {"method": "{method}", "numbers": "{numbers:,}"} | {
+        d: f"{{{d}}}" for d in tasks.DISTANCES
+    }
+    numbers = {(r["method"], r["budget"]): r["kept"] for r in rows}
+    lines = [
+        {"method": m, "numbers": next(numbers[m, b] for b in MIDDLE if (m, b) in numbers)}
+        | {d: spread(values) for d, values in found.items()}
+        for m, found in by_distance(rows).items()
+    ]
+    parts.append(table(columns, lines) if lines else "No method is complete yet.")
+    for label, stage in PLAN.items():
+        lines = []
+        for at in stage(rows):
+            if len(got := scores(rows, at)) == len(SEEDS):
+                lr, flat = plateau(rows, at)
+                lines.append(at._asdict() | {"exact": spread(got), "lr": f"{lr:g}"})
+                lines[-1]["flat"] = " ".join(f"{100 * x:.0f}" for x in flat)
+        columns = {"task": "{task}", "method": "{method}", "budget": "{budget}"}
+        columns |= {"examples": "{examples}", "steps": "{steps}", "exact %": "{exact}"}
+        columns |= {"rate": "{lr}", "at half, itself, twice": "{flat}"}
+        if lines:
+            parts.append(f"\n{label}\n\n{table(columns, lines)}")
+    return "\n".join(parts)
+
+
 def main(argv=None):
     """Do all runs that are missing; returns the exit code."""
     parser = Parser(prog="python -m minilora.compare", description=__doc__)
@@ -237,20 +374,25 @@ def main(argv=None):
     parser.several("--tasks", tasks.NEW_SKILLS, list(tasks.NEW_SKILLS))
     parser.several("--methods", METHODS, list(METHODS))
     option("--jobs", type=whole(1, MOST_JOBS), default=cores, help=f"runs at a time ({cores})")
+    option("--table", action="store_true", help="print what the file says, and run nothing")
     args = parser.parse_args(argv)
-    parser.writable(args.out)
     try:
-        rows = load(args.out)
+        if args.table:
+            print(told(load(args.out)))
+            return 0
+        parser.writable(args.out)
+        rows = load(args.out, story())
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: {error}; it stays as it is")
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one thread a run; the runs share the cores
-    settings = [(t, m, budget) for t in args.tasks for m in args.methods for budget, _ in points(m)]
     code = 0
     try:
         for label, stage in PLAN.items():
             rows = settled(rows)
-            work(stage(settings, best_rates(rows)), rows, args.out, args.jobs, label)
+            asked = [s for s in stage(rows) if s.task in args.tasks and s.method in args.methods]
+            while todo := missing(asked, rows):
+                work(todo, rows, args.out, args.jobs, label)
         if (args.out.parent / "SHA256SUMS").exists():
             io.write_sums(args.out.parent)
     except (KeyboardInterrupt, OSError) as error:

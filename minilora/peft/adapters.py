@@ -216,12 +216,35 @@ class WithoutPrompt(Wrapper):
         return self.base(x if past() > x.shape[1] else x[:, self.m :])  # (B, m + T, d) -> (B, T, d)
 
 
+class TokensFirst(Wrapper):
+    """A table of positions whose first rows stay with the tokens; a prompt has the last `m`.
+
+    Were each token moved on by `m`, it would stand on a row that was trained for another, or for
+    none. (Where positions are relative, as in the T5 of Lester et al., nothing of it is needed.)
+    """
+
+    why_not_merged, settings = Prompt.why_not_merged, ("m",)
+
+    def __init__(self, base, m, *, rng=None):
+        self.base, self.m = base, m
+
+    def dense(self):
+        """The table of the positions."""
+        return self.base.dense()
+
+    def forward(self, ids):
+        return self.base((np.asarray(ids) - self.m) % len(self.dense()))  # (T,) -> (T, d)
+
+
 def prompt(model, m=4, *, rng):
-    """Freeze the model and put `m` learned vectors before every input. Positions shift by m.
+    """Freeze the model and put `m` learned vectors before every input.
+
+    Tokens keep their positions, and the prompt takes the last `m` of the table, which the tokens
+    leave free.
 
     Source: Lester et al. 2021, arXiv 2104.08691.
     """
     n = model.config["n_positions"]
     (tokens,) = plain(model, "tokens", Embedding, ties=True).values()
     fresh = {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)}
-    return wear(model, fresh)
+    return wear(model, fresh | {"positions": TokensFirst(model.positions, m)})
