@@ -120,10 +120,9 @@ def run(task, method, budget, examples, steps, lr, seed):
     model = prepared(method, size, seed)
     adam = special and special(model, lr)
     row = Run(task, method, budget, examples, steps, lr, seed)._asdict()
-    folded = peft.fold(prepared(method, size, seed))  # what a file must keep of a prefix
-    for name, counted in (("trainable", model), ("kept", folded)):
-        row[name] = surgery.count(counted, quiet=True).trainable
-    row["size"] = size
+    finish = peft.fold if method == "prefix" else lambda model: model
+    row |= {"size": size, "trainable": surgery.count(model, quiet=True).trainable}
+    row["kept"] = surgery.count(finish(prepared(method, size, seed)), quiet=True).trainable
     draw = a_few(task, examples, seed) if examples else task_batches(task, BATCH)
     try:
         history = fit(model, draw, steps=steps, lr=lr, seed=seed, optimizer=adam, progress=False)
@@ -131,8 +130,8 @@ def run(task, method, budget, examples, steps, lr, seed):
         return row | {"exact": 0.0, "letters": 0.0, "loss": None, "train_loss": None}
     if history.interrupted:
         raise KeyboardInterrupt
-    peft.fold(model)
-    score = evaluate(model, validation_set(task) if seed in TUNING_SEEDS else io.load_eval(task))
+    ids = validation_set(task) if seed in TUNING_SEEDS else io.load_eval(task)
+    score = evaluate(finish(model), ids)
     return row | {
         "exact": score.exact_match,
         "letters": round(score.token_accuracy, 5),
