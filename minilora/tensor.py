@@ -13,6 +13,10 @@ import numpy as np
 
 _recording = ContextVar("recording", default=True)
 
+# A step makes and drops arrays of megabytes. The C library of Linux hands each back to the system
+# and asks for it anew, until it has seen a large one go; this one is never touched.
+np.empty(2**25 - 2**16, np.uint8)
+
 
 class Node:
     """A place in the graph: the edges to its parents, and the gradient if it is a leaf.
@@ -92,6 +96,9 @@ class Tensor:
 
     def __len__(self):
         return len(self.data)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype)  # a copy, whatever is asked for
 
     def __bool__(self):
         return bool(self.data)
