@@ -63,11 +63,6 @@ def products(model):
     return log
 
 
-def flops(log):
-    """Multiplications in a list of matrix products."""
-    return sum(batch * m * k * n for batch, m, k, n in log)
-
-
 def file_size(save, model):
     """The bytes of the file that `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +152,7 @@ def squeeze(method, base, grams, steps, seed):
         surgery.merge(model)
     left = file_size(io.save_model, model)
     row = {"method": method, "bytes": left, "share": left / file_size(io.save_model, base)}
-    row |= {"flops": flops(products(model)) / flops(products(base)), "before": before}
+    row |= {"flops": ops.flops(products(model)) / ops.flops(products(base)), "before": before}
     row |= {"after": after, "interrupted": bool(history and history.interrupted)}
     return row | {"trained": [f"{x:.1%}" if history else "-" for x in after]}
 

@@ -97,6 +97,9 @@ class Tensor:
     def __len__(self):
         return len(self.data)
 
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype)  # a copy, whatever is asked for
+
     def __bool__(self):
         return bool(self.data)
 

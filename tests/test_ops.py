@@ -415,6 +415,69 @@ def test_dropout_draws_from_the_generator_it_is_given():
     assert (first != second).any()
 
 
+# ------------------------------------------------------------------ the ends of the range
+
+INF, NAN = np.inf, np.nan
+ENDS = [-INF, -1.0, -0.0, 0.0, 1.0, INF, NAN]
+# value and slope at each of ENDS, as PyTorch has them (`tests/ends_oracle.py` compares many more)
+AT_ENDS = {
+    "exp": (ops.exp, [0, np.exp(-1), 1, 1, np.e, INF, NAN], [0, np.exp(-1), 1, 1, np.e, INF, NAN]),
+    "log": (ops.log, [NAN, NAN, -INF, -INF, 0, INF, NAN], [-0.0, -1, -INF, INF, 1, 0, NAN]),
+    "relu": (ops.relu, [0, 0, 0, 0, 1, INF, NAN], [0, 0, 0, 0, 1, 1, 1]),
+    "gelu": (lambda x: ops.gelu(x)[[2, 3, 6]], [0, 0, NAN], [NAN, 0, 0.5, 0.5, 0, NAN, NAN]),
+    "x ** 0": (lambda x: x**0, [1] * 7, [0] * 7),
+    "x ** .5": (
+        lambda x: x**0.5,
+        [NAN, NAN, -0.0, 0, 1, INF, NAN],
+        [NAN, NAN, -INF, INF, 0.5, 0, NAN],
+    ),
+    "x ** -1": (
+        lambda x: x**-1,
+        [-0.0, -1, -INF, INF, 1, 0, NAN],
+        [-0.0, -1, -INF, -INF, -1, -0.0, NAN],
+    ),
+    "2 ** x": (
+        lambda x: 2**x,
+        [0, 0.5, 1, 1, 2, INF, NAN],
+        np.log(2) * np.array([0, 0.5, 1, 1, 2, INF, NAN]),
+    ),
+    "x / 0": (lambda x: x / 0, [-INF, -INF, NAN, NAN, INF, INF, NAN], [INF] * 7),
+    "x · 0": (lambda x: x * 0, [NAN, 0, 0, 0, 0, NAN, NAN], [0] * 7),
+    "1 / x": (
+        lambda x: 1 / x,
+        [-0.0, -1, -INF, INF, 1, 0, NAN],
+        [-0.0, -1, -INF, -INF, -1, -0.0, NAN],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_ENDS)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_the_ends_of_the_range_are_those_of_pytorch(name):
+    f, values, slopes = AT_ENDS[name]
+    x = Tensor(ENDS, requires_grad=True)
+    y = f(x)
+    y.sum().backward()
+    np.testing.assert_allclose(y.data, values, rtol=1e-12)
+    np.testing.assert_allclose(x.grad, slopes, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "row, softmax, loss",
+    [
+        ([INF, 0, 0], [NAN, NAN, NAN], NAN),
+        ([-INF, 0, 0], [0, 0.5, 0.5], INF),
+        ([-INF, -INF, -INF], [NAN, NAN, NAN], NAN),
+        ([NAN, 0, 0], [NAN, NAN, NAN], NAN),
+        ([1e308, -1e308, 0], [1, 0, 0], 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_infinite_scores_are_those_of_pytorch(row, softmax, loss):
+    np.testing.assert_array_equal(ops.softmax(Tensor(row)).data, softmax)
+    np.testing.assert_array_equal(ops.cross_entropy(Tensor([row]), np.array([0])).data, loss)
+
+
 # ------------------------------------------------------------------ counting matrix products
 
 
@@ -427,6 +490,8 @@ def test_gemms_are_counted_by_size_and_only_in_the_block():
         y.backward()
     ops.matmul(a, b)
     assert log == [(20, 2, 3, 6), (1, 14, 3, 4), (20, 2, 6, 3)]
+    assert ops.flops(log) == 2 * (720 + 168 + 720)
+    assert ops.flops([(1, 2**20, 2**20, 2**20)]) == 2**61  # no 32-bit integer on the way
 
 
 def test_attention_works_out_the_gradient_of_its_scores_once():

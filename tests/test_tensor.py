@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 
+import minilora as ml
 from minilora import Node, Tensor, backward, no_grad, record
 
 
@@ -240,3 +241,27 @@ def test_what_a_newcomer_tries_gives_a_number_or_an_error():
     assert {two: 1}[two] == 1
     with pytest.raises(ValueError, match="ambiguous"):
         bool(two)
+
+
+def test_numpy_and_a_tuple_of_axes_are_taken_as_a_newcomer_writes_them():
+    t = Tensor(np.arange(24.0).reshape(2, 3, 4), requires_grad=True)
+    assert np.array(t).dtype == np.float64 and np.array(t).shape == (2, 3, 4)
+    assert t.transpose((0, 2, 1)).shape == t.transpose([0, 2, 1]).shape == (2, 4, 3)
+    assert np.asarray(t, np.float32).dtype == np.float32
+    np.array(t)[...] = 7
+    assert t.data[0, 0, 1] == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: ml.nn.Linear(3, 4, rng=np.random.default_rng(0), dtype=dtype),
+        lambda dtype: ml.Transformer(
+            vocab_size=3, n_positions=4, rng=np.random.default_rng(0), dtype=dtype
+        ),
+        ml.load_base,
+    ],
+)
+def test_a_request_for_float16_says_what_there_is(make):
+    with pytest.raises((TypeError, ValueError), match="float16; expected float32 or float64"):
+        make(np.float16)

@@ -5,6 +5,8 @@ gradient `g` of the value to the gradient of that parent. A VJP captures the arr
 no more. Shapes: B batch, T positions, H heads, d features; `…` any leading axes.
 """
 
+import numpy as np
+
 from ..tensor import Tensor
 from .basic import (
     add,
@@ -12,6 +14,7 @@ from .basic import (
     div,
     embedding,
     exp,
+    flops,
     index,
     linear,
     log,
@@ -45,7 +48,7 @@ Tensor.__mul__ = Tensor.__rmul__ = mul
 Tensor.__neg__ = lambda a: mul(a, -1)
 Tensor.__sub__, Tensor.__rsub__ = sub, lambda a, b: sub(b, a)
 Tensor.__truediv__, Tensor.__rtruediv__ = div, lambda a, b: div(b, a)
-Tensor.__pow__ = power
+Tensor.__pow__, Tensor.__rpow__ = power, lambda a, b: exp(mul(a, np.log(b)))
 Tensor.__matmul__ = matmul
 Tensor.__rmatmul__ = lambda a, b: matmul(b, a)
 Tensor.__getitem__ = index

@@ -1,7 +1,10 @@
 """Arithmetic, shapes and matrix products, and the helpers that every primitive uses."""
 
+import builtins
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import prod
 
 import numpy as np
 
@@ -58,12 +61,20 @@ def count_gemms():
         _gemm_log.reset(token)
 
 
+def flops(log):
+    """The FLOPs of a list of matrix products: a multiplication and an addition for each pair."""
+    return 2 * builtins.sum(batch * m * k * n for batch, m, k, n in log)
+
+
 def gemm(a, b):
     """Every matrix product goes through here, so that it can be counted."""
     log = _gemm_log.get()
     if log is not None:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        log.append((int(np.prod(batch)), a.shape[-2], a.shape[-1], b.shape[-1]))
+        log.append((prod(batch), a.shape[-2], a.shape[-1], b.shape[-1]))
+    if sys.platform == "emscripten" and a.ndim == b.ndim == 2:
+        # a browser has no BLAS: its plain loop is fast only where rows and columns lie together
+        a, b = np.ascontiguousarray(a), np.asfortranarray(b)
     return np.matmul(a, b)
 
 
@@ -123,7 +134,13 @@ def power(x, n):
     if isinstance(n, Tensor):
         raise TypeError("power: the exponent must be a plain number, not a Tensor")
     a, n = x.data, np.asarray(n).item()  # a NumPy scalar would decide the dtype of the result
-    return record(a**n, (x, lambda g: g * (n * a ** (n - 1)) if n else np.zeros_like(g)))
+    return record(
+        _power(a, n), (x, lambda g: g * (n * _power(a, n - 1)) if n else np.zeros_like(g))
+    )
+
+
+def _power(a, n):
+    return 1 / np.sqrt(a) if n == -0.5 else a**n  # -∞ at -0, as the root has -0 there
 
 
 def exp(x):
@@ -146,8 +163,8 @@ def tanh(x):
 
 def relu(x):
     """max(x, 0); the gradient at exactly 0 is taken as 0."""
-    on = x.data > 0
-    return record(x.data * on, (x, lambda g: g * on))
+    off = x.data <= 0  # NaN is not: it goes through, both ways
+    return record(np.where(off, 0, x.data), (x, lambda g: np.where(off, 0, g)))
 
 
 # ------------------------------------------------------------------ shape
@@ -160,7 +177,8 @@ def reshape(x, *shape):
 
 
 def transpose(x, *axes):
-    """The axes in another order; reversed if none is given."""
+    """The axes in another order, one by one or as a tuple; reversed if none is given."""
+    axes = axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes
     axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
     back = tuple(np.argsort(axes))
     return record(x.data.transpose(axes), (x, lambda g: g.transpose(back)))

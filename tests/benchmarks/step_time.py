@@ -2,9 +2,10 @@
 
     OPENBLAS_NUM_THREADS=1 python tests/benchmarks/step_time.py --threads 1
 
-Prints, for two sizes of Transformer and for full fine-tuning and LoRA (r = 4 on q and v), Adam
-included, the time of our step over PyTorch's, and LoRA's over full's. PyTorch is left out if it
-is not installed. Also prints what the graphs of LoRA and full fine-tuning retain.
+Prints, for four sizes of Transformer and for full fine-tuning and LoRA (r = 4 on q and v), Adam
+included, the time of our step over PyTorch's, over that of its matrix products alone (the floor),
+and LoRA's over full's. PyTorch is left out if it is not installed. Also prints what the graphs of
+LoRA and full fine-tuning retain.
 """
 
 import argparse
@@ -33,6 +34,8 @@ VOCAB = 64
 SIZES = {  # layers, width, batch, length
     "2 layers, d = 64, 32 x 32": (2, 64, 32, 32),
     "4 layers, d = 128, 32 x 64": (4, 128, 32, 64),
+    "4 layers, d = 256, 16 x 128": (4, 256, 16, 128),
+    "2 layers, d = 768, 4 x 128": (2, 768, 4, 128),
 }
 
 
@@ -62,6 +65,22 @@ def ours(layers, d, batch, length, method):
         return (after - before) / 2**20, loss
 
     return step, retained
+
+
+def products(step):
+    """The same matrix products as a step makes, and nothing else."""
+    with ml.ops.count_gemms() as log:
+        step()
+    pairs = [
+        [np.ones((n, *shape) if n > 1 else shape, np.float32) for shape in ((m, k), (k, p))]
+        for n, m, k, p in log
+    ]
+
+    def floor():
+        for a, b in pairs:
+            np.matmul(a, b)
+
+    return floor
 
 
 def theirs(layers, d, batch, length, method):
@@ -156,12 +175,16 @@ def main():
             steps[method], retained = ours(*shape, method)
             steps[method]()
             kept[method] = retained()[0]
+            steps[f"products, {method}"] = products(steps[method])
             if torch is not None:
                 steps[f"torch {method}"] = theirs(*shape, method)
         times = interleaved(steps, args.rounds)
         print(f"{size}:")
         for name, values in times.items():
-            print(f"  {name:11} {1e3 * min(values):7.2f} ms at best")
+            print(f"  {name:14} {1e3 * min(values):7.2f} ms at best")
+        for method in ("full", "lora"):
+            over = ratio(times, method, f"products, {method}")
+            print(f"  {method}: ours / products alone = {over:.2f}")
         if torch is not None:
             for method in ("full", "lora"):
                 print(f"  {method}: ours / PyTorch = {ratio(times, method, 'torch ' + method):.2f}")
