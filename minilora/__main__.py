@@ -17,8 +17,22 @@ from .tensor import no_grad
 from .train import Score, evaluate, fit
 
 # The rows of the table, and a learning rate that serves each; the recipes are those of `compare`.
-RATES = {"full": 2e-3, "lora": 1e-2, "dora": 1e-2, "ia3": 1e-1, "bitfit": 1e-2, "adapter": 1e-2}
-RATES |= {"prefix": 1e-1, "prompt": 1e-1}
+RATES = {
+    "full": 4e-3,
+    "lora": 1e-2,
+    "adapter": 2e-2,
+    "ia3": 1e-1,
+    "bitfit": 1e-1,
+    "token row": 1e-1,
+}
+MORE = {
+    "dora": 1e-2,
+    "pissa": 5e-3,
+    "pfeiffer": 2e-2,
+    "parallel": 2e-2,
+    "prefix": 2e-2,
+    "prompt": 1e-1,
+}
 
 # method -> recipe, which takes (model, grams): what `observe` saw of the inputs of each layer
 COMPRESSION = {
@@ -41,8 +55,6 @@ FINE_TUNED = {
     "trainable": "{trainable:,}",
     "share": "{share:.1%}",
     "bytes/task": "{bytes:,}",
-    "exact match\nbefore -> after": "{before.exact_match:.1%} -> {after.exact_match:6.1%}",
-    "letters right\nbefore -> after": "{before.token_accuracy:.1%} -> {after.token_accuracy:6.1%}",
     "ms/step": "{ms:.1f}",
     "extra GEMMs\nmerged": "{extra[0]} -> {extra[1]}",
 }
@@ -86,46 +98,73 @@ def until_stopped(names, work):
 
 def size(method, rank):
     """The rank, width or length at which a method trains as many numbers as LoRA of this rank."""
-    middle = dict(compare.points(method)).get("medium")  # at rank 4
-    if method == "prompt":
-        middle = 16  # so many tokens as LoRA has numbers would be slow
-    return middle and middle * rank // 4
+    sizes = dict(compare.points(method))
+    return sizes["medium"] * rank // 4 or 1 if "medium" in sizes else sizes["its own"]
 
 
-def run(method, task, rank, steps, seed):
-    """Fine-tune the base by one method; returns what its row of the table says."""
-    base, ids = io.load_base(np.float32), io.load_eval(task)
-    model = compare.prepared(method, size(method, rank), seed)
-    count, wrapped = surgery.count(model, quiet=True), surgery.wrappers(model).values()
-    start = time.perf_counter()
-    history = fit(model, task, steps=steps, lr=RATES[method], seed=seed, label=f"{method:7}")
-    ms = 1e3 * (time.perf_counter() - start) / max(1, len(history.loss))
-    row = {"method": method, "trainable": count.trainable, "share": count.share, "ms": ms}
-    row |= {"before": evaluate(base, ids), "after": evaluate(model, ids)}
-    row |= {"bytes": file_size(io.save_adapter, model), "interrupted": history.interrupted}
-    row["stays"] = next((w.why_not_merged for w in wrapped if w.why_not_merged), None)
-    bypassed = products(model)
-    if wrapped and not row["stays"]:
-        surgery.merge(model)
-    row["extra"] = [len(log) - len(products(base)) for log in (bypassed, products(model))]
-    return row | {"merged": evaluate(model, ids)}
+def run(method, places, rank, steps, seed):
+    """Fine-tune the base by one method, once for each task; what its row of the table says."""
+    base, row = (
+        io.load_base(np.float32),
+        {"method": method, "before": {}, "after": {}, "merged": {}},
+    )
+    for name, task in places.items():
+        model, ids = compare.prepared(method, size(method, rank), seed), io.load_eval(task)
+        count, wrapped = surgery.count(model, quiet=True), surgery.wrappers(model).values()
+        start, label = time.perf_counter(), f"{method:9} {name}"
+        history = fit(model, task, steps=steps, lr=(RATES | MORE)[method], seed=seed, label=label)
+        ms = 1e3 * (time.perf_counter() - start) / max(1, len(history.loss))
+        row["before"][name] = evaluate(base, ids).exact_match
+        row["after"][name] = evaluate(model, ids).exact_match
+        row[name] = f"{row['before'][name]:.1%} -> {row['after'][name]:6.1%}"
+        row["stays"] = next((w.why_not_merged for w in wrapped if w.why_not_merged), None)
+        row |= {"trainable": count.trainable, "share": count.share, "ms": ms}
+        row |= {"bytes": file_size(io.save_adapter, model), "interrupted": history.interrupted}
+        bypassed = products(model)
+        if wrapped and not row["stays"]:
+            surgery.merge(model)
+            row["merged"][name] = evaluate(model, ids).exact_match
+        row["extra"] = [len(log) - len(products(base)) for log in (bypassed, products(model))]
+        if history.interrupted:
+            break
+    return row
 
 
 def fine_tuning(args):
-    """Run the methods and print their table; returns the rows, and what the picture needs."""
-    print(f"The base knows {', '.join(tasks.SKILLS)}. The skill to learn: {args.task}.")
-    print(f"For example: {tasks.decode(io.load_eval(args.task)[0])}\n")
-    settings = args.task, args.rank, args.steps, args.seed
+    """Run the methods and print their table; returns the rows and the picture."""
+    places = {name: tasks.DISTANCES.get(name, [name])[0] for name in args.task}
+    print(f"The base knows {', '.join(tasks.SKILLS)}. To learn, each in {args.steps} steps:")
+    for name, task in places.items():
+        what = "" if name == task else f"{name}: "
+        print(f"  {what}{task}, such as {tasks.decode(io.load_eval(task)[0])}")
+    print()
+    settings = places, args.rank, args.steps, args.seed
     rows = until_stopped(args.methods, lambda method: run(method, *settings))
-    print(f"\n{table(FINE_TUNED, rows)}\n")
-    for row in rows:
+    whole = [row for row in rows if len(row["after"]) == len(places)]
+    heads = {f"{name}\nbefore -> after": f"{{{name}}}" for name in places}
+    first, *rest = FINE_TUNED.items()
+    print(f"\n{table(dict([first]) | heads | dict(rest), whole)}\n")
+    for row in whole:
         if row["stays"]:
             print(f"{row['method']}: cannot be merged: {row['stays']}.")
-        elif row["extra"][0]:
-            exact, gemms = row["merged"].exact_match, row["extra"][1]
+        elif row["merged"] and row["extra"][0]:
+            exact = ", ".join(f"{x:.1%}" for x in row["merged"].values())
             print(f"{row['method']}: merged into plain layers, it answers", end=" ")
-            print(f"{exact:.1%} right with {gemms} extra GEMMs.")
-    return rows, "trainable", f"{args.task} after {args.steps} steps", "trainable parameters"
+            print(f"{exact} right with {row['extra'][1]} extra GEMMs.")
+    for name in places if len(whole) > 1 else ():
+        best, worst = (f(whole, key=lambda row: row["after"][name]) for f in (max, min))
+        print(f"{name}: from {worst['after'][name]:.1%} ({worst['method']})", end=" ")
+        print(f"to {best['after'][name]:.1%} ({best['method']}).")
+
+    def picture(plots):
+        title = f"exact match after {args.steps} steps"
+        if len(places) > 1:
+            return plots.fan({row["method"]: row["after"] for row in whole}, title)
+        (name,) = places
+        points = [(row["method"], row["trainable"], row["after"][name]) for row in whole]
+        return plots.accuracy(points, f"{name}, {title}")
+
+    return rows, picture
 
 
 # ------------------------------------------------------------------ compression
@@ -158,7 +197,7 @@ def squeeze(method, base, grams, steps, seed):
 
 
 def compression(args):
-    """Run all of COMPRESSION and print its table; returns the rows, and what the picture needs."""
+    """Run all of COMPRESSION and print its table; returns the rows and the picture."""
     base, names = io.load_base(np.float32), ", ".join(tasks.SKILLS)
     print(f"The base knows {names}: {skills(base).exact_match:.1%} of its answers are exact.")
     print(f"Its file has {file_size(io.save_model, base):,} bytes. How small can it be?\n")
@@ -168,7 +207,9 @@ def compression(args):
     print(f"\n{table(COMPRESSED, rows)}\n")
     print(f"Trained: {args.steps} steps on these skills, where there are weights that can train.")
     print("Fewer bits and zeros save bytes and no FLOPs; what is cut out saves both.")
-    return rows, "bytes", "the base's five skills, compressed", "bytes of the file"
+    points = [(row["method"], row["bytes"], row["after"].exact_match) for row in rows]
+    title = "the base's five skills, compressed"
+    return rows, lambda plots: plots.accuracy(points, title, "bytes of the file")
 
 
 # ------------------------------------------------------------------ the command
@@ -178,10 +219,10 @@ def main(argv=None):
     """Run the main job; returns the exit code."""
     parser = Parser(prog="python -m minilora", description=__doc__)
     option = parser.add_argument
-    option("--task", choices=tasks.TASKS, default="sort_descending", help="the skill to learn")
-    parser.several("--methods", [*RATES, "compression"], list(RATES))
+    parser.several("--task", [*tasks.DISTANCES, *tasks.TASKS], ["elicit", "build"])
+    parser.several("--methods", [*RATES, *MORE, "compression"], list(RATES))
     option("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
-    option("--steps", type=whole(1, 100000), default=300, help="training steps (300)")
+    option("--steps", type=whole(1, 100000), default=200, help="training steps (200)")
     option("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
     option("--out", type=Path, default=Path("minilora.png"), help="the picture (minilora.png)")
     args = parser.parse_args(argv)
@@ -192,12 +233,11 @@ def main(argv=None):
         parser.error(f"argument --out: {str(args.out)!r}; expected a name in .png, .svg or .pdf")
     parser.writable(args.out)
 
-    rows, across, title, unit = compression(args) if alone else fine_tuning(args)
-    places = [(row["method"], row[across], row["after"].exact_match) for row in rows]
+    rows, picture = compression(args) if alone else fine_tuning(args)
     try:
         from . import plots  # slow to import; a wrong argument should not wait for it
 
-        plots.accuracy(places, title, unit).savefig(args.out, dpi=100)
+        picture(plots).savefig(args.out, dpi=100)
     except Exception as error:  # whatever it is, the table stands
         print(f"The picture failed: {' '.join(str(error).split())}")
         return 1

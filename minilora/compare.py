@@ -99,7 +99,7 @@ def points(method):
 # ------------------------------------------------------------------ one run
 
 # what is compared; `examples` is the size of the training set, 0 if each step draws new ones
-Setting = namedtuple("Setting", "task method budget examples steps")
+Setting = namedtuple("Setting", "task method budget examples steps", defaults=(0, STEPS))
 # the arguments of `run`, which tell one run from another
 Run = namedtuple("Run", (*Setting._fields, "lr", "seed"))
 
@@ -114,7 +114,8 @@ def run(task, method, budget, examples, steps, lr, seed):
 
     Returns:
         A dictionary: the arguments, the size, how many numbers train and how many are kept (of a
-        prefix, what its MLP computes), the loss at the end of training, and the score: on the validation set for a tuning seed, on the test set for the others.
+        prefix, what its MLP computes), the loss at the end of training, and the score: on the
+        validation set for a tuning seed, on the test set for the others.
     """
     size, special = dict(points(method))[budget], METHODS[method].optimizer
     model = prepared(method, size, seed)

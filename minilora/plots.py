@@ -51,6 +51,41 @@ def accuracy(rows, title="", unit="trainable parameters"):
     return fig
 
 
+def fan(scores, title="", ylabel="exact match (%)"):
+    """How each method's score falls from one place to the next: a line through the means.
+
+    Args:
+        scores: method to {place: scores from 0 to 1, one for each seed}; the same places for all.
+        title: a sentence. ylabel: of the axis.
+
+    Returns:
+        The figure. Each seed is a dot; the names stand where the lines end.
+    """
+    fig, ax = new(size=(10, 6))
+    places = list(next(iter(scores.values())))
+    ends = []
+    for i, (method, found) in enumerate(scores.items()):
+        look = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
+        means = [100 * np.mean(found[place]) for place in places]
+        ax.plot(means, ls="-" if i < 7 else "--", **look)
+        for x, place in enumerate(places):
+            seeds = 100 * np.atleast_1d(found[place])
+            ax.scatter([x] * len(seeds), seeds, s=22, alpha=0.45, **look)
+        ends.append((means[-1], method, look["color"]))
+    lowest = -np.inf
+    for end, method, colour in sorted(ends):  # names that would cover one another move up
+        lowest = max(end, lowest + 6)
+        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8}
+        at = {"xytext": (len(places) - 0.9, lowest), "va": "center", "color": colour}
+        ax.annotate(method, (len(places) - 1, end), arrowprops=arrow, **at)
+    ax.set_xlim(-0.1, len(places) - 0.5)
+    ax.set_ylim(-5, max(105, lowest + 5))
+    ax.set_xticks(range(len(places)), places)
+    ax.set_yticks(range(0, 101, 20))
+    ax.set(ylabel=ylabel, title=title)
+    return fig
+
+
 def losses(runs, floor=None, title="", window=10):
     """The loss by step, smoothed.
 
