@@ -104,10 +104,8 @@ def size(method, rank):
 
 def run(method, places, rank, steps, seed):
     """Fine-tune the base by one method, once for each task; what its row of the table says."""
-    base, row = (
-        io.load_base(np.float32),
-        {"method": method, "before": {}, "after": {}, "merged": {}},
-    )
+    base, row = io.load_base(np.float32), {"method": method, **dict.fromkeys(places, "-")}
+    row |= {"before": {}, "after": {}, "merged": {}}
     for name, task in places.items():
         model, ids = compare.prepared(method, size(method, rank), seed), io.load_eval(task)
         count, wrapped = surgery.count(model, quiet=True), surgery.wrappers(model).values()
@@ -140,28 +138,28 @@ def fine_tuning(args):
     print()
     settings = places, args.rank, args.steps, args.seed
     rows = until_stopped(args.methods, lambda method: run(method, *settings))
-    whole = [row for row in rows if len(row["after"]) == len(places)]
     heads = {f"{name}\nbefore -> after": f"{{{name}}}" for name in places}
     first, *rest = FINE_TUNED.items()
-    print(f"\n{table(dict([first]) | heads | dict(rest), whole)}\n")
-    for row in whole:
+    print(f"\n{table(dict([first]) | heads | dict(rest), rows)}\n")
+    for row in rows:
         if row["stays"]:
             print(f"{row['method']}: cannot be merged: {row['stays']}.")
-        elif row["merged"] and row["extra"][0]:
-            exact = ", ".join(f"{x:.1%}" for x in row["merged"].values())
+        elif row["extra"][0]:
+            exact = " and ".join(f"{x:.1%}" for x in row["merged"].values())
             print(f"{row['method']}: merged into plain layers, it answers", end=" ")
             print(f"{exact} right with {row['extra'][1]} extra GEMMs.")
-    for name in places if len(whole) > 1 else ():
-        best, worst = (f(whole, key=lambda row: row["after"][name]) for f in (max, min))
+    reached = [name for name in places if all(name in row["after"] for row in rows)]
+    for name in reached if len(rows) > 1 else ():
+        worst, *_, best = sorted(rows, key=lambda row: row["after"][name])
         print(f"{name}: from {worst['after'][name]:.1%} ({worst['method']})", end=" ")
         print(f"to {best['after'][name]:.1%} ({best['method']}).")
 
     def picture(plots):
         title = f"exact match after {args.steps} steps"
-        if len(places) > 1:
-            return plots.fan({row["method"]: row["after"] for row in whole}, title)
-        (name,) = places
-        points = [(row["method"], row["trainable"], row["after"][name]) for row in whole]
+        if len(reached) > 1:
+            return plots.fan({row["method"]: row["after"] for row in rows}, title)
+        (name,) = reached
+        points = [(row["method"], row["trainable"], row["after"][name]) for row in rows]
         return plots.accuracy(points, f"{name}, {title}")
 
     return rows, picture

@@ -223,7 +223,7 @@ def tuned(rows):
     seen = {}
     for row in rows:
         if row["seed"] in TUNING_SEEDS:
-            rank = row["exact"], -np.inf if row["loss"] is None else -row["loss"]
+            rank = float(row["exact"]), -np.inf if row["loss"] is None else -row["loss"]
             seen.setdefault(Setting(*key(row)[:5]), {})[row["lr"], row["seed"]] = rank
     return {at: choose(METHODS[at.method].lrs, found) for at, found in seen.items()}
 

@@ -3,21 +3,23 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 from minilora import compare, io
-from minilora.compare import BUDGETS, METHODS, SEEDS, TUNING_SEED
+from minilora.compare import BUDGETS, METHODS, SEEDS, TUNING_SEEDS, Run, Setting
 from minilora.surgery import count
 from minilora.train import History
 from surroundings import ROOT
 
 TASK = "reverse_shift"
-ROW = {"task": "t", "method": "m", "budget": "b", "lr": 1, "seed": 0, "steps": 1}
-ROW |= {"exact": 0.5, "loss": 1.0}
+AT = Setting(TASK, "lora", "medium")
+ROW = Run(*AT, lr=1.0, seed=0)._asdict() | {"exact": 0.5, "loss": 1.0}
 
 
 @pytest.fixture
@@ -30,17 +32,18 @@ def few(monkeypatch):
 
 @pytest.fixture
 def brief(few, monkeypatch):
-    """Two methods with two rates each, two seeds, and runs of a single step in this process."""
+    """Two methods, two test seeds, and made-up runs in this process: the best rate is 4e-3."""
     names = "lora+", "bitfit"
-    settings = {name: METHODS[name]._replace(lrs=METHODS[name].lrs[:2]) for name in names}
+    settings = {name: METHODS[name]._replace(lr=1e-3) for name in names}
     monkeypatch.setattr(compare, "METHODS", settings)
-    monkeypatch.setattr(compare, "STEPS", 1)
     monkeypatch.setattr(compare, "SEEDS", SEEDS[:2])
+    monkeypatch.setattr(compare, "FEW", [("bitfit", "its own")])
 
     def run_briefly(*args):
-        return run(*args[:-1], steps=1) | {"steps": args[-1]}
+        off = abs(np.log(args[-2] / 4e-3))
+        scores = {"exact": 0.9 - off / 10, "letters": 0.95, "loss": off, "train_loss": off}
+        return Run(*args)._asdict() | {"size": 1, "trainable": 1, "kept": 1} | scores
 
-    run = compare.run
     monkeypatch.setattr(compare, "run", run_briefly)
     monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
 
@@ -71,59 +74,126 @@ class Here:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_point_keeps_its_budget(name):
+    finish = compare.peft.fold if name == "prefix" else lambda model: model
     for budget, size in compare.points(name):
-        trainable = count(compare.prepared(name, size, 0), quiet=True).trainable
+        kept = count(finish(compare.prepared(name, size, 0)), quiet=True).trainable
         if budget == "its own":
-            assert size is None
+            assert kept < BUDGETS["small"] or name == "full"
         elif name == "dora":  # LoRA's A and B at that budget, and one length for each row
-            assert trainable == BUDGETS[budget] + 1152
+            assert kept == BUDGETS[budget] + 1152
         else:
-            assert 0.88 * BUDGETS[budget] < trainable <= 1.01 * BUDGETS[budget]
+            assert 0.88 * BUDGETS[budget] < kept <= 1.07 * BUDGETS[budget]
 
 
 def test_the_seeds_and_the_sets_are_apart():
-    assert len(set(SEEDS)) >= 5 and TUNING_SEED not in SEEDS
-    for task in ("reverse_shift", "sort_descending"):
+    assert len(set(SEEDS)) >= 5 and not set(TUNING_SEEDS) & set(SEEDS)
+    for task in compare.tasks.NEW_SKILLS:
         test_set = {row.tobytes() for row in io.load_eval(task)}
         assert not test_set & {row.tobytes() for row in compare.validation_set(task)}
 
 
-def test_the_best_rate_is_the_best_by_score_then_by_loss():
-    rows = [
-        ROW | {"lr": lr, "seed": seed, "exact": e, "loss": x}
-        for lr, seed, e, x in [
-            (1, 0, 0.5, 1.0),
-            (2, 0, 0.7, 0.9),
-            (3, 0, 0.7, 0.8),
-            (4, 0, 0.0, None),  # diverged
-            (5, 1, 1.0, 0.0),  # not a tuning run
-        ]
+def searched(score, lrs=(1, 2, 4, 8)):
+    """What `choose` ends on, and the (rate, seed) that it asked for on the way."""
+    seen = {}
+    while True:
+        best, todo = compare.choose(list(lrs), seen)
+        if best is not None:
+            assert not todo
+            return best, set(seen)
+        assert todo and not set(todo) & set(seen)
+        seen |= {(lr, seed): (score(lr, seed), 0.0) for lr, seed in todo}
+
+
+@pytest.mark.parametrize("peak", [0.25, 1, 2, 4, 8, 64])
+def test_the_best_rate_is_never_at_the_edge_of_what_was_tried(peak):
+    best, tried = searched(lambda lr, seed: -abs(np.log(lr / peak)))
+    assert best == peak
+    for seed in TUNING_SEEDS:
+        assert {(peak / 2, seed), (peak, seed), (peak * 2, seed)} <= tried
+    assert {(lr, TUNING_SEEDS[0]) for lr in (1, 2, 4, 8)} <= tried  # all begin with as many
+
+
+def test_a_second_seed_may_move_the_choice():
+    first, second = TUNING_SEEDS
+    bonus = {(4, second): 5, (4, first): -1}
+    score = lambda lr, seed: -abs(np.log(lr / 2)) + bonus.get((lr, seed), 0)  # noqa: E731
+    best, tried = searched(score)
+    assert best == 4 and (8, second) in tried
+
+
+def test_equal_scores_are_told_apart_by_the_loss_and_divergence_is_last():
+    seen = {(lr, s): (1.0, -loss) for lr, loss in [(1, 3), (2, 1), (4, 2)] for s in TUNING_SEEDS}
+    seen |= {(8, s): (0.0, -np.inf) for s in TUNING_SEEDS}
+    assert compare.choose([1, 2, 4, 8], seen) == (2, [])
+
+
+def tuning_rows(at=AT, peak=1e-2):
+    """Rows of a finished search whose best rate is `peak`."""
+    score = lambda lr, seed: 0.9 - abs(np.log(lr / peak)) / 10  # noqa: E731
+    _, tried = searched(score, METHODS[at.method].lrs)
+    return [
+        Run(*at, lr, seed)._asdict() | {"exact": score(lr, seed), "loss": 1.0} for lr, seed in tried
     ]
-    assert compare.best_rates(rows) == {("t", "m", "b"): 3}
-    assert compare.settled(rows) == rows[:4]  # the run at rate 1 no longer counts
 
 
-def test_scores_are_those_of_one_setting_seed_by_seed():
-    setting = {"task": "t", "method": "m", "budget": "b", "steps": compare.STEPS}
-    rows = [setting | {"seed": seed, "exact": seed / 10, "loss": -seed} for seed in (0, 2, 1)]
-    rows += [rows[1] | other for other in ({"steps": 900}, {"task": "u"}, {"budget": "c"})]
-    assert compare.scores(rows, "t", "m", "b") == [0.1, 0.2]
-    assert compare.scores(rows, "t", "m", "b", "loss") == [-1, -2]
-    assert compare.scores(rows, "t", "m", "b", steps=900) == [0.2]
+def test_what_is_missing_is_the_search_first_and_then_five_seeds():
+    assert set(compare.missing([AT], [])) == {
+        Run(*AT, lr, TUNING_SEEDS[0]) for lr in METHODS["lora"].lrs
+    }
+    rows = tuning_rows()
+    todo = compare.missing([AT], rows)
+    assert todo == [Run(*AT, 1e-2, seed) for seed in SEEDS]
+    measured = [ROW | {"lr": 1e-2, "seed": seed, "exact": seed / 10} for seed in (2, 1)]
+    assert compare.missing([AT], rows + measured) == todo[2:]
+    assert compare.scores(rows + measured, AT) == [0.1, 0.2]
+    assert compare.scores(rows + measured, AT._replace(steps=900)) == []
+    lr, flat = compare.plateau(rows, AT)
+    assert lr == 1e-2 and flat == pytest.approx([0.9 - np.log(2) / 10, 0.9, 0.9 - np.log(2) / 10])
+    old = ROW | {"lr": 2e-2, "seed": 1}
+    assert compare.settled([*rows, *measured, old]) == rows + measured
+
+
+def test_scores_by_distance_are_means_over_its_tasks_for_each_seed():
+    rows = [
+        ROW | Setting(task, "lora", "medium")._asdict() | {"seed": seed, "exact": seed * (i % 2)}
+        for i, task in enumerate(compare.tasks.NEW_SKILLS)
+        for seed in SEEDS
+    ]
+    (found,) = compare.by_distance(rows).items()
+    assert found[0] == "lora" and list(found[1]) == list(compare.tasks.DISTANCES)
+    assert all((values == np.array(SEEDS) / 2).all() for values in found[1].values())
+    assert compare.by_distance(rows[:-1]) == {}  # no mean of fewer than five
 
 
 def test_a_run_is_repeatable_and_scored_on_the_set_of_its_seed(few):
-    args = (TASK, "lora", "small", 1e-2)
-    first, again = (compare.run(*args, seed=1, steps=2) for _ in range(2))
+    args = Run(TASK, "lora", "small", 0, 2, 1e-2, 1)
+    first, again = (compare.run(*args) for _ in range(2))
     assert first == again
-    assert (first["size"], first["trainable"]) == (1, 2304)
-    assert compare.key(first) == (*args, 1, 2)
-    tuned = compare.run(*args, seed=TUNING_SEED, steps=2)
+    assert (first["size"], first["trainable"], first["kept"]) == (1, 2304, 2304)
+    assert compare.key(first) == args
+    tuned = compare.run(*args._replace(seed=TUNING_SEEDS[0]))
     assert tuned["loss"] != first["loss"]
 
 
+def test_of_a_prefix_what_its_mlp_computes_is_kept(few):
+    row = compare.run(TASK, "prefix", "small", 0, 1, 1e-2, 1)
+    assert (row["size"], row["kept"]) == (9, 2304) and row["trainable"] > 2304
+
+
+@pytest.mark.parametrize("n", [8, 512])
+def test_a_few_examples_are_all_that_a_run_sees(n):
+    draw, rng, seen = compare.a_few(TASK, n, 1), np.random.default_rng(0), set()
+    for _ in range(60):
+        inputs, _ = draw(rng)
+        assert len(inputs) == min(n, compare.BATCH)
+        seen |= {row.tobytes() for row in inputs}
+    assert len(seen) == n
+    other = compare.a_few(TASK, n, 2)(rng)[0]
+    assert not seen & {row.tobytes() for row in other}
+
+
 def test_a_run_that_diverges_counts_as_zero():
-    row = compare.run(TASK, "full", "its own", 1e30, 1, steps=5)
+    row = compare.run(TASK, "full", "its own", 0, 5, 1e30, 1)
     assert (row["exact"], row["loss"], row["train_loss"]) == (0.0, None, None)
 
 
@@ -131,7 +201,7 @@ def test_an_interrupted_run_is_no_result(monkeypatch):
     stopped = History(loss=[1.0], interrupted=True)
     monkeypatch.setattr(compare, "fit", lambda *args, **kwargs: stopped)
     with pytest.raises(KeyboardInterrupt):
-        compare.run(TASK, "lora", "small", 1e-2, 1)
+        compare.run(TASK, "lora", "small", 0, 1, 1e-2, 1)
 
 
 # ------------------------------------------------------------------ the command
@@ -140,23 +210,39 @@ def test_an_interrupted_run_is_no_result(monkeypatch):
 def test_all_runs_are_made_once_and_the_file_says_what_made_them(brief, tmp_path, capsys):
     path = tmp_path / "runs.json"
     (tmp_path / "SHA256SUMS").write_text("of an older file", encoding="utf-8")
-    argv = ["--out", str(path), "--tasks", TASK, "--jobs", "1"]
+    argv = ["--out", str(path), "--tasks", "unnamed_sort", "--jobs", "1"]
     assert compare.main(argv) == 0
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert (tmp_path / "SHA256SUMS").read_text(encoding="utf-8") == f"{digest}  runs.json\n"
     story = json.loads(path.read_text(encoding="utf-8"))
-    points = 3 + 1  # three budgets of LoRA+, and BitFit's own
-    assert len(story["runs"]) == points * (2 + 2)
-    assert story["command"] == "python -m minilora.compare" and story["version"]
-    for at in {(r["method"], r["budget"]) for r in story["runs"]}:
-        counted = [r for r in story["runs"] if (r["method"], r["budget"]) == at and r["seed"]]
-        assert [r["seed"] for r in counted] == [1, 2]
-        assert len({r["lr"] for r in counted}) == 1
+    rows = story.pop("runs")
+    # the middle for both, the same three times as long, four training sets, two other budgets
+    assert len({compare.key(r)[:5] for r in rows}) == 2 + 2 + 4 + 2
+    assert len(rows) == 10 * (4 + 3 + 2)
+    assert {r["lr"] for r in rows if r["seed"] in SEEDS} == {4e-3}
+    assert story == compare.story() and story["numpy"] == np.__version__
 
     before = path.read_bytes()
     assert compare.main(argv) == 0  # nothing is left to do
     assert path.read_bytes() == before
-    assert f"{points * 4} runs are in" in capsys.readouterr().out
+    assert "90 runs are in" in capsys.readouterr().out
+    assert compare.main(["--table", "--out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "No method is complete yet." in out and "three times as long" in out
+    assert re.search(r"unnamed_sort +bitfit +its own +8 +300 +90 \(90-90\) +0.004 +83 90 83", out)
+
+
+def test_runs_that_something_else_made_do_not_mix(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps(compare.story() | {"numpy": "0.1", "runs": [ROW]}), encoding="utf-8")
+    monkeypatch.setattr(compare, "work", None)
+    with pytest.raises(SystemExit) as end:
+        compare.main(["--out", str(path)])
+    err = capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "made with numpy 0.1; here is" in err and len(err.splitlines()) == 1
+    )
+    assert compare.load(path) == [ROW]  # to be read, it is good enough
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
@@ -171,14 +257,14 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
         return run(*args)
 
     monkeypatch.setattr(compare, "run", third_time_unlucky)
-    argv = ["--out", str(path), "--tasks", TASK, "--methods", "bitfit", "--jobs", "1"]
+    argv = ["--out", str(path), "--tasks", "swap_shift", "--methods", "bitfit", "--jobs", "1"]
     assert compare.main(argv) == 130
     kept = compare.load(path)
     assert 0 < len(kept) <= 3
     assert "goes on from there" in capsys.readouterr().out
     monkeypatch.setattr(compare, "run", run)
     assert compare.main(argv) == 0
-    assert len(compare.load(path)) == 2 + 2
+    assert len(compare.load(path)) == 4 + 3 + 2
     assert all(row in compare.load(path) for row in kept)
 
 
@@ -208,6 +294,7 @@ DAMAGED = {
     "a row without a score": json.dumps({"runs": [{**ROW, "exact": []}, ROW]}).encode(),
     "a row without a rate": json.dumps({"runs": [{"task": "t", "exact": 0}]}).encode(),
     "a list for a task": json.dumps({"runs": [ROW | {"task": []}]}).encode(),
+    "an unknown method": json.dumps({"runs": [ROW | {"method": "rola"}]}).encode(),
 }
 
 
@@ -283,17 +370,21 @@ def test_a_browser_can_read_the_results():
 # ------------------------------------------------------------------ what is stored
 
 
-def test_the_stored_comparison_is_whole():
+def test_the_stored_comparison_holds_what_the_plan_asks_for():
     text = (io.DATA / "compare.json").read_text(encoding="utf-8")
     story, rows = json.loads(text), compare.load(io.DATA / "compare.json")
-    assert rows == story["runs"] == compare.settled(rows)
-    names = list(compare.tasks.NEW_SKILLS)
-    settings = [(t, m, budget) for t in names for m in METHODS for budget, _ in compare.points(m)]
-    best = compare.best_rates(rows)
-    wanted = {args for stage in compare.PLAN.values() for args in stage(settings, best)}
-    assert {compare.key(row) for row in rows} == wanted
-    assert {row["method"] for row in rows if row["steps"] == compare.LONG} == set(METHODS)
-    assert (story["steps"], story["batch_size"]) == (compare.STEPS, compare.BATCH)
+    assert rows == story.pop("runs") == compare.settled(rows)
+    assert {n: story[n] for n in ("base", "eval", "batch_size")} == {
+        n: compare.story()[n] for n in ("base", "eval", "batch_size")
+    }
+    for stage in compare.PLAN.values():
+        assert compare.missing(stage(rows), rows) == []
+    planned = {at for stage in compare.PLAN.values() for at in stage(rows)}
+    assert {Setting(*compare.key(row)[:5]) for row in rows} == planned
     for row in rows:
         assert row["size"] == dict(compare.points(row["method"]))[row["budget"]]
-        assert 0 <= row["exact"] <= row["letters"] <= 1 or row["loss"] is None
+        assert row["loss"] is None or 0 <= row["exact"] <= row["letters"] <= 1
+    tuned = compare.tuned(rows)
+    for at in planned:
+        best, tried = tuned[at][0], {r["lr"] for r in rows if compare.key(r)[:5] == at}
+        assert min(tried) < best < max(tried)

@@ -80,7 +80,7 @@ BASES = {
     "Tucker": lambda m: compress.tucker_layers(m, (4, 4, 4)),
     "8 bits": lambda m: compress.quantise_model(m, 8),
     "4 bits": lambda m: compress.quantise_model(m, 4, double=True),
-    "2 bits": lambda m: compress.quantise_model(m, 2, block=None),
+    "2 bits": lambda m: compress.quantise_model(m, 2, block=4),
     "nf4": lambda m: compress.quantise_model(without_biases(m), 4, kind="nf4"),
     "masked": lambda m: compress.sparsify(m, 0.5),
     "sparse": lambda m: ml.merge(compress.sparsify(m, 0.9)),

@@ -390,6 +390,18 @@ def test_folding_a_prefix_changes_nothing_but_its_form():
     assert not frozen.trainable()
 
 
+def test_a_prompt_leaves_the_tokens_their_positions_and_takes_the_last_rows():
+    model = tiny()
+    n, table = model.config["n_positions"], model.positions.dense()
+    ml.prompt(model, 3, rng=_rng())
+    rows = model.positions(np.arange(n)).data
+    np.testing.assert_array_equal(rows[:3], table[-3:])
+    np.testing.assert_array_equal(rows[3:], table[:-3])
+    back = ml.detach(model)
+    assert "positions" in back
+    np.testing.assert_array_equal(model.positions(np.arange(n)).data, table)
+
+
 @pytest.mark.parametrize("recipe", [ml.prefix, ml.prompt])
 def test_the_length_that_is_left(recipe):
     model = recipe(tiny(), 7, rng=_rng())

@@ -47,6 +47,26 @@ def test_colours_and_markers_are_all_different():
     assert len(set(plots.COLOURS)) == len(set(plots.MARKERS)) == 7
 
 
+def test_fan_draws_a_line_through_the_means_a_dot_a_seed_and_names_that_stand_apart():
+    scores = {
+        "full": {"near": [1.0, 0.9], "far": [0.8, 1.0]},
+        "bias": {"near": [0.5, 0.7], "far": [0.0, 0.02]},
+        "row": {"near": 0.4, "far": 0.0},
+    }
+    fig = plots.fan(scores, "a title")
+    (ax,) = fig.axes
+    np.testing.assert_allclose(
+        lines(ax), [[[0, 95], [1, 90]], [[0, 60], [1, 1]], [[0, 40], [1, 0]]]
+    )
+    dots = [tuple(at) for c in ax.collections for at in c.get_offsets().tolist()]
+    assert (1, 80) in dots and (1, 100) in dots and len(dots) == 4 + 4 + 2
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["near", "far"]
+    names = {t.get_text(): t.xyann[1] for t in ax.texts}
+    assert list(names) == ["row", "bias", "full"]  # from the lowest
+    assert names["full"] == 90 and names["bias"] - names["row"] >= 6
+    assert (ax.get_ylabel(), ax.get_title()) == ("exact match (%)", "a title")
+
+
 def test_accuracy_puts_each_method_at_its_place():
     rows = [("full", 104256, 0.93), ("lora", 9216, 0.85), ("bitfit", 1152, 0.0)]
     fig = plots.accuracy(rows, "a title")
