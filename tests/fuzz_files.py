@@ -137,7 +137,7 @@ def differences(n, seed, folder):
 def main():
     """Returns the exit code."""
     n, seed = (int(a) for a in (*sys.argv[1:], *(4000, 0)[len(sys.argv) - 1 :]))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, resource.RLIM_INFINITY))
     found = 0
     with tempfile.TemporaryDirectory() as folder:
