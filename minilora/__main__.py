@@ -220,7 +220,7 @@ def main(argv=None):
     parser.several("--task", [*tasks.DISTANCES, *tasks.TASKS], ["elicit", "build"])
     parser.several("--methods", [*RATES, *MORE, "compression"], list(RATES))
     option("--rank", type=whole(1, 64), default=4, help="r of LoRA, 1 to 64 (4)")
-    option("--steps", type=whole(1, 100000), default=200, help="training steps (200)")
+    option("--steps", type=whole(1, 100000), default=150, help="training steps (150)")
     option("--seed", type=whole(0, 2**32 - 1), default=0, help="of the run (0)")
     option("--out", type=Path, default=Path("minilora.png"), help="the picture (minilora.png)")
     args = parser.parse_args(argv)

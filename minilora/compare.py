@@ -121,9 +121,8 @@ def run(task, method, budget, examples, steps, lr, seed):
     model = prepared(method, size, seed)
     adam = special and special(model, lr)
     row = Run(task, method, budget, examples, steps, lr, seed)._asdict()
-    finish = peft.fold if method == "prefix" else lambda model: model
     row |= {"size": size, "trainable": surgery.count(model, quiet=True).trainable}
-    row["kept"] = surgery.count(finish(prepared(method, size, seed)), quiet=True).trainable
+    row["kept"] = surgery.count(peft.fold(prepared(method, size, seed)), quiet=True).trainable
     draw = a_few(task, examples, seed) if examples else task_batches(task, BATCH)
     try:
         history = fit(model, draw, steps=steps, lr=lr, seed=seed, optimizer=adam, progress=False)
@@ -132,7 +131,7 @@ def run(task, method, budget, examples, steps, lr, seed):
     if history.interrupted:
         raise KeyboardInterrupt
     ids = validation_set(task) if seed in TUNING_SEEDS else io.load_eval(task)
-    score = evaluate(finish(model), ids)
+    score = evaluate(peft.fold(model), ids)
     return row | {
         "exact": score.exact_match,
         "letters": round(score.token_accuracy, 5),
@@ -259,11 +258,11 @@ def plateau(rows, setting):
     return lr, [float(np.mean(seen[lr * factor])) for factor in (0.5, 1, 2)]
 
 
-def by_distance(rows, methods=METHODS):
+def by_distance(rows):
     """Scores at the middle budget: method to {distance: five means over its tasks, by seed}."""
     found = {}
     for at in middle(rows):
-        if at.method in methods and len(got := scores(rows, at)) == len(SEEDS):
+        if len(got := scores(rows, at)) == len(SEEDS):
             found.setdefault(at.method, {})[at.task] = got
     return {
         method: {d: np.mean([of[t] for t in names], axis=0) for d, names in tasks.DISTANCES.items()}

@@ -46,6 +46,7 @@ def brief(few, monkeypatch):
 
     monkeypatch.setattr(compare, "run", run_briefly)
     monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(compare, "as_completed", list)  # all are done: in their order
 
 
 class Here:
@@ -74,9 +75,8 @@ class Here:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_point_keeps_its_budget(name):
-    finish = compare.peft.fold if name == "prefix" else lambda model: model
     for budget, size in compare.points(name):
-        kept = count(finish(compare.prepared(name, size, 0)), quiet=True).trainable
+        kept = count(compare.peft.fold(compare.prepared(name, size, 0)), quiet=True).trainable
         if budget == "its own":
             assert kept < BUDGETS["small"] or name == "full"
         elif name == "dora":  # LoRA's A and B at that budget, and one length for each row
@@ -260,7 +260,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
     argv = ["--out", str(path), "--tasks", "swap_shift", "--methods", "bitfit", "--jobs", "1"]
     assert compare.main(argv) == 130
     kept = compare.load(path)
-    assert 0 < len(kept) <= 3
+    assert len(kept) == 3
     assert "goes on from there" in capsys.readouterr().out
     monkeypatch.setattr(compare, "run", run)
     assert compare.main(argv) == 0

@@ -130,7 +130,7 @@ def sizes(name):
         elif isinstance(node, ast.If) and len(body) == 1 and isinstance(body[0], ast.Raise):
             guards |= {*range(node.lineno, body[0].end_lineno + 1)}
     lines = [line.strip() for line in TEXTS[name].splitlines()]
-    code = {i for i, line in enumerate(lines, 1) if line and line[0] != "#"} - words
+    code = {i for i, line in enumerate(lines, 6053) if line and line[0] != "#"} - words
     return len(code), len(code & guards), len(lines)
 
 
@@ -139,9 +139,9 @@ def test_the_house_is_read_in_an_afternoon():
     book = sum(sizes(name)[0] for name in TREES if name not in JOBS)
     # A ratchet: what it is today. The aim is 2,350, 2,750, 4,500 and 7%; lower it with each step.
     budget = [
-        ("the book", book, 2878),
-        ("all code", code, 3424),
-        ("all lines", lines, 6067),
+        ("the book", book, 2864),
+        ("all code", code, 3409),
+        ("all lines", lines, 6053),
         ("guards", guards, 0.095 * code),
     ]
     assert [row for row in budget if row[1] > row[2]] == []

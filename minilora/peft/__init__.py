@@ -19,17 +19,8 @@ Every recipe changes the model in place and returns it. It takes a model that ca
 and what it puts on has the model's training mode. If it raises an error, the model is as it was.
 """
 
-from .adapters import (
-    Adapter,
-    Prefix,
-    Prompt,
-    TokensFirst,
-    WithoutPrompt,
-    adapter,
-    fold,
-    prefix,
-    prompt,
-)
+from .adapters import Adapter, Prefix, Prompt, TokensFirst, WithoutPrompt
+from .adapters import adapter, fold, prefix, prompt
 from .lora import DoRA, LoRA, LoRAEmbedding, PiSSA, lora, lora_plus
 from .many import Many, choose, combine, many
 from .scales import IA3, TokenRows, bitfit, full, ia3, token_rows
@@ -37,11 +28,7 @@ from .scales import IA3, TokenRows, bitfit, full, ia3, token_rows
 # what a file may ask for
 KINDS = [LoRA, LoRAEmbedding, DoRA, PiSSA, IA3, TokenRows]
 KINDS += [Adapter, Prefix, Prompt, WithoutPrompt, TokensFirst]
-TABLES = (
-    "LoRAEmbedding",
-    "TokenRows",
-    "Prompt",
-    "TokensFirst",
-)  # which wrap a table and nothing else
+# which wrap a table and nothing else
+TABLES = ("LoRAEmbedding", "TokenRows", "Prompt", "TokensFirst")
 BLANK = (Adapter, Prefix)  # of any width: they can be made without drawing a start
 WRAPPERS = {kind.__name__: kind for kind in KINDS}

@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import ops
 from ..nn import Embedding, Linear, Parameter, check_rng, normal
-from ..surgery import Wrapper, find, plain, put_all, wear
+from ..surgery import Wrapper, plain, put_all, wear
 from ..transformer import attend, past, recall
 
 
@@ -165,8 +165,8 @@ def prefix(model, m=4, *, hidden=None, rng):
 
 def fold(model):
     """Replace every prefix that comes from an MLP by the keys and values that it computes."""
-    found = find(model, "*", Prefix)
-    return put_all(model, {name: p.folded() for name, p in found.items() if p.hidden})
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Prefix) and m.hidden}
+    return put_all(model, {name: m.folded() for name, m in found.items()})
 
 
 class Prompt(Wrapper):
