@@ -239,7 +239,7 @@ def main(argv=None):
     except Exception as error:  # whatever it is, the table stands
         print(f"The picture failed: {' '.join(str(error).split())}")
         return 1
-    notebook = "18_lora_or_compression" if alone else "00_tour"
+    notebook = "20_lora_or_compression" if alone else "00_tour"
     print(f"The picture is in {args.out}. Now open notebooks/{notebook}.ipynb.")
     return 130 if rows[-1]["interrupted"] else 0
 
