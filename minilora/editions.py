@@ -111,9 +111,8 @@ def build(parser, path, folder):
                 "--TagRemovePreprocessor.enabled=True", fold,
             )  # fmt: skip
             target.unlink()
-        print(
-            f"{edition:8} {target if edition != 'slides' else target.with_suffix('.slides.html')}"
-        )
+            target = target.with_suffix(".slides.html")
+        print(f"{edition:8} {target}", flush=True)
 
 
 def main(args=None):
