@@ -54,14 +54,9 @@ def recall(module, k, v):
 
 
 def attend(q, k, v, n_head, causal=True):
-    """Multi-head attention, without the projections.
+    """Multi-head attention without the projections: q (B, T, d), k and v (B, S, d) to (B, T, d).
 
-    Args:
-        q: (B, T, d). k, v: (B, S, d), S ≥ T if causal; keys put in front are seen by all.
-        n_head: how many heads share d; each works on d / n_head features.
-
-    Returns:
-        (B, T, d).
+    S ≥ T if causal; keys put in front are seen by all. Each head works on d / n_head features.
     """
 
     def split(x):
@@ -86,10 +81,7 @@ class Attention(Module):
         self.v = Linear(d, inner, rng=rng, dtype=dtype)
         self.o = Linear(inner, d, rng=rng, dtype=dtype)
 
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.o.d_out
+    d_out = property(lambda self: self.o.d_out)
 
     def forward(self, x):
         k, v = recall(self, self.k(x), self.v(x))  # (B, past + T, d)
@@ -114,16 +106,11 @@ class Transformer(Module):
     """Token ids (B, T) to logits (B, T, vocab_size).
 
     Args:
-        vocab_size: how many tokens there are.
         n_positions: the longest input.
         n_embd: the width of the model, d_model in the papers.
-        n_head: attention heads; a divisor of `n_embd`.
-        n_layer: blocks.
         d_head, d_ff: features of a head and of an MLP; n_embd / n_head and 4 n_embd if not given.
             `n_head` and `d_ff` may be lists, a number a block: what pruning leaves.
         tied: whether the head is the token table itself, one parameter for both.
-        rng: a `numpy.random.Generator` for the start.
-        dtype: float32 or float64.
 
     Source: Radford et al. 2019 (GPT-2); Vaswani et al. 2017, arXiv 1706.03762.
     """
@@ -184,10 +171,8 @@ class Transformer(Module):
         x = self.tokens(ids)  # (B, T) -> (B, T, d)
         after = before + x.shape[1]
         if ids.ndim != 2 or not before < after <= len(self.positions.dense()):
-            raise ValueError(
-                f"ids have shape {ids.shape} after {before} positions; expected (B, T) with up to "
-                f"{len(self.positions.dense())} in all"
-            )
+            room = f"after {before} positions; expected (B, T), {len(self.positions.dense())} in all"
+            raise ValueError(f"ids have shape {ids.shape} {room}")
         x = x + self.positions(np.arange(before, after))
         for block in self.blocks:
             x = block(x)
@@ -202,14 +187,11 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
     Args:
         model: token ids (B, T) to logits (B, T, V).
         ids: integers (B, T), the prompts; T + n must not exceed the model's `n_positions`.
-        n: how many tokens to add.
         temperature: 0 takes the most likely token; above, one is drawn from the softmax of
-            logits / temperature, sharper below 1 and flatter beyond.
+            logits / temperature, sharper below 1 and flatter beyond. Drawing needs `rng`.
         top_k: draw from the so many most likely tokens only.
-        rng: a `numpy.random.Generator`, needed to draw.
 
-    Returns:
-        Integers (B, T + n).
+    Returns integers (B, T + n).
     """
     ids = new = np.asarray(ids)
     longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf
