@@ -167,12 +167,12 @@ class Transformer(Module):
         return found
 
     def forward(self, ids):
-        ids, before = np.asarray(ids), past()
+        ids, before, longest = np.asarray(ids), past(), len(self.positions.dense())
         x = self.tokens(ids)  # (B, T) -> (B, T, d)
         after = before + x.shape[1]
-        if ids.ndim != 2 or not before < after <= len(self.positions.dense()):
-            room = f"after {before} positions; expected (B, T), {len(self.positions.dense())} in all"
-            raise ValueError(f"ids have shape {ids.shape} {room}")
+        if ids.ndim != 2 or not before < after <= longest:
+            found = f"{ids.shape} after {before} positions"
+            raise ValueError(f"ids have shape {found}; expected (B, T), up to {longest} in all")
         x = x + self.positions(np.arange(before, after))
         for block in self.blocks:
             x = block(x)

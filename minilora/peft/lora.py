@@ -14,10 +14,8 @@ from ..tensor import Tensor
 def check_rank(r, shape):
     """Raise unless a matrix of this shape can have a factor of this rank."""
     if r not in range(1, min(shape) + 1):
-        raise ValueError(
-            f"r is {r!r}; expected a whole number from 1 to {min(shape)}, the smaller side of a "
-            f"{shape[0]} x {shape[1]} weight"
-        )
+        side = f"{min(shape)}, the smaller side of a {shape[0]} x {shape[1]} weight"
+        raise ValueError(f"r is {r!r}; expected a whole number from 1 to {side}")
 
 
 class LoRA(Wrapper):
@@ -29,7 +27,6 @@ class LoRA(Wrapper):
         alpha: the strength: `scaling = alpha / r`, so that a change of r needs no new alpha.
         dropout: the share of the bypass's input that is dropped while training.
         rslora: `scaling = alpha / sqrt(r)` instead.
-        rng: a `numpy.random.Generator`, for the start of A and for dropout.
 
     A (r, d_in) starts as N(0, 1 / d_in), so that an input of variance 1 gives an A x of
     variance 1 whatever d_in is. B (d_out, r) starts at zero, so that the bypass starts at
@@ -78,7 +75,6 @@ class LoRA(Wrapper):
         return self.scaling * (self.B.data @ self.A.data)  # (d_out, r) @ (r, d_in)
 
     def dense(self):
-        """The weight that the layer acts with, base and bypass together."""
         return self.base.dense() + self.delta()
 
     def inner(self, x):
@@ -121,7 +117,6 @@ class DoRA(LoRA):
         return np.where(self.nowhere, 1, lengths).astype(v.dtype)
 
     def dense(self):
-        """The weight that the layer acts with."""
         v = super().dense()
         return (self.magnitude.data / self.norms(v))[:, None] * v
 
@@ -155,7 +150,6 @@ class PiSSA(LoRA):
         return self.dense() - self.base.dense()
 
     def dense(self):
-        """The weight that the layer acts with."""
         return self.residual.data + super().delta()
 
     def forward(self, x):
@@ -204,22 +198,13 @@ def lora(
     """Freeze the model and put a LoRA bypass on the layers whose names match.
 
     Args:
-        model: changed in place.
         r: the rank, or a dictionary from patterns to ranks, which then stand for `targets`; a
             layer takes the first pattern that it matches.
-        alpha, dropout, rslora, rng: as for `LoRA`.
-        targets: one pattern or several for `Linear` and `Embedding` layers; `blocks.*` is every
-            linear layer of the blocks, `*` the head and the tables too.
+        alpha, dropout, rslora: as for `LoRA`.
+        targets: `Linear` and `Embedding` layers; `blocks.*` is every linear layer of the blocks,
+            `*` the head and the tables too.
         variant: `LoRA`, `DoRA` or `PiSSA`, or a function that makes one of them of a layer; all
             but `LoRA` are for linear layers only.
-
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no layer.
-        ValueError: for a bad `r`, `alpha` or `dropout`, for a layer whose weight is tied to
-            another's, or for a model that carries an adapter already.
     """
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
     fresh = {}
@@ -235,9 +220,7 @@ def lora(
 def lora_plus(model, lr, ratio=16.0, **kwargs):
     """An `AdamW` in which every B learns `ratio` times as fast as the rest: LoRA+.
 
-    Args:
-        model: one that `lora` made.
-        lr: of A. ratio: of B's learning rate to that. kwargs: for `AdamW`.
+    `lr` is that of A; `kwargs` are for `AdamW`.
 
     Source: Hayou, Ghosh & Yu 2024, arXiv 2402.12354, section 4.
     """
