@@ -62,13 +62,11 @@ class Adapter(Wrapper):
         return h + self.adapter_up(inner * self.scale)  # (…, r) -> (…, d)
 
 
-def adapter(
-    model, r=8, where="houlsby", *, start="exact", parallel=False, scale=1.0, norms=None, rng
-):
+def adapter(model, r=8, where="houlsby", *, parallel=False, norms=None, **settings):
     """Freeze the model and put bottleneck adapters inside the residual branches.
 
     Args:
-        r, start, parallel, scale: as for `Adapter`.
+        r, parallel, settings: as for `Adapter`; among them `rng`, which it needs.
         where: `"houlsby"`: after attention and after the MLP, two a block; `"pfeiffer"`: after
             the MLP, one a block; or patterns for attention and MLPs.
         norms: whether the LayerNorms train too. If not given, as the papers have it: Houlsby's do
@@ -79,10 +77,10 @@ def adapter(
     """
     named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
     patterns = named.get(where, where) if isinstance(where, str) else where
-    settings = {"start": start, "parallel": parallel, "scale": scale, "rng": rng}
     found = plain(model, patterns, "q k v o|up down")
     norms = where == "houlsby" and not parallel if norms is None else norms
     beside = [p for name, p in model.named_parameters() if norms and "norm" in name]
+    settings |= {"parallel": parallel}
     wear(model, {name: Adapter(base, r, **settings) for name, base in found.items()})
     for p in beside:
         p.requires_grad = True

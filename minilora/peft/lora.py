@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Parameter, check_rng
+from ..nn import Embedding, Linear, Parameter, check_rng, normal
 from ..optim import AdamW
 from ..surgery import Wrapper, as_patterns, plain, wear
 from ..tensor import Tensor
@@ -50,8 +50,7 @@ class LoRA(Wrapper):
     def start(self, weight):
         """Make A and B for a base of this weight."""
         d_out, d_in = weight.shape
-        a = self.rng.standard_normal((self.r, d_in)) / d_in**0.5
-        self.A = Parameter(a.astype(weight.dtype))
+        self.A = normal(self.rng, (self.r, d_in), d_in**-0.5, weight.dtype)
         self.B = Parameter(np.zeros((d_out, self.r), weight.dtype))
 
     def fill(self, u, s, vt):
@@ -172,8 +171,7 @@ class LoRAEmbedding(LoRA):
             raise ValueError(f"dropout is {self.dropout}; expected 0 for a table")
         n, d = weight.shape
         self.A = Parameter(np.zeros((self.r, n), weight.dtype))
-        b = self.rng.standard_normal((d, self.r)) / self.r**0.5
-        self.B = Parameter(b.astype(weight.dtype))
+        self.B = normal(self.rng, (d, self.r), self.r**-0.5, weight.dtype)
 
     def delta(self):
         """The update that the bypass stands for, as an array (n, d)."""
@@ -184,23 +182,13 @@ class LoRAEmbedding(LoRA):
         return self.base(ids) + ops.linear(h, self.B)  # (…, r) -> (…, d)
 
 
-def lora(
-    model,
-    r=4,
-    alpha=8.0,
-    targets="blocks.*.attn.[qv]",
-    *,
-    dropout=0.0,
-    rslora=False,
-    variant=LoRA,
-    rng,
-):
+def lora(model, r=4, alpha=8.0, targets="blocks.*.attn.[qv]", *, variant=LoRA, **settings):
     """Freeze the model and put a LoRA bypass on the layers whose names match.
 
     Args:
         r: the rank, or a dictionary from patterns to ranks, which then stand for `targets`; a
             layer takes the first pattern that it matches.
-        alpha, dropout, rslora: as for `LoRA`.
+        alpha, settings: as for `LoRA`; among them `rng`, which it needs.
         targets: `Linear` and `Embedding` layers; `blocks.*` is every linear layer of the blocks,
             `*` the head and the tables too.
         variant: `LoRA`, `DoRA` or `PiSSA`, or a function that makes one of them of a layer; all
@@ -213,7 +201,7 @@ def lora(
         if kind is LoRAEmbedding and variant is not LoRA:
             raise ValueError(f"variant is {variant.__name__}; expected LoRA for {layer!r}")
         rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
-        fresh[name] = kind(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
+        fresh[name] = kind(layer, rank, alpha, **settings)
     return wear(model, fresh)
 
 

@@ -38,7 +38,7 @@ def combine(adapters, weights, r=None):
 
     Returns an adapter for `attach`. Its `scaling` is 1.
     """
-    adapters, combined = list(adapters), {}
+    adapters, weights, combined = list(adapters), [float(w) for w in weights], {}
     for name, base in _bases(adapters).items():
         parts = [(w, a[name]) for w, a in zip(weights, adapters, strict=True) if name in a]
         left = np.concatenate([w * p.scaling * p.B.data for w, p in parts], axis=1)  # (d_out, Σr)
@@ -106,12 +106,12 @@ def choose(model, names):
     layers = [w for w in wrappers(model).values() if isinstance(w, Many)]
     if not layers:
         raise ValueError("choose: this model does not carry several adapters; see `many`")
-    before = [layer.which for layer in layers]
+    before = layers[0].which
     which = np.array([layers[0].names.index(name) for name in names], int)  # (B,)
     try:
         for layer in layers:
             layer.which = which
         yield model
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.which = old
+        for layer in layers:
+            layer.which = before
