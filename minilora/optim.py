@@ -74,10 +74,9 @@ class AdamW(Optimizer):
         self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, factors=None
     ):
         parameters = list(parameters)
-        self.parameters = _that_train(parameters)
-        factors = [1.0] * len(parameters) if factors is None else factors
-        pairs = zip(parameters, factors, strict=True)
+        pairs = zip(parameters, factors or [1.0] * len(parameters), strict=True)
         self.factors = [factor for p, factor in pairs if p.requires_grad]
+        self.parameters = _that_train(parameters)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.m = [np.zeros_like(p.data) for p in self.parameters]
         self.v = [np.zeros_like(p.data) for p in self.parameters]

@@ -143,21 +143,17 @@ def plain(model, patterns, kind=Linear, ties=False):
     return found
 
 
-def _set_requires_grad(model, patterns, value):
+def freeze(model, patterns="*", trains=False):
+    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
     parameters = dict(model.named_parameters())
     for name in _matching(parameters, patterns, "parameter"):
-        parameters[name].requires_grad = value
+        parameters[name].requires_grad = trains
     return model
-
-
-def freeze(model, patterns="*"):
-    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
-    return _set_requires_grad(model, patterns, False)
 
 
 def unfreeze(model, patterns="*"):
     """Put the parameters whose names match on the tape: they train."""
-    return _set_requires_grad(model, patterns, True)
+    return freeze(model, patterns, trains=True)
 
 
 def wear(model, fresh):
@@ -173,7 +169,7 @@ def wrappers(model):
     """The outermost wrappers of a model by name."""
     found = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in found)
         if name and isinstance(module, Wrapper) and not inside:
             found[name] = module
     return found
@@ -266,10 +262,8 @@ def count(model, quiet=False):
     """Count the parameters, and print the line that users of PEFT know unless `quiet`."""
     parameters = model.parameters()
     packed = sum(getattr(module, "packed_size", 0) for _, module in model.named_modules())
-    found = Count(
-        sum(p.size for p in parameters if p.requires_grad),
-        sum(p.size for p in parameters) + packed,  # quantised weights are no parameters
-    )
+    total = sum(p.size for p in parameters) + packed  # quantised weights are no parameters
+    found = Count(sum(p.size for p in parameters if p.requires_grad), total)
     if not quiet:
         print(found)
     return found

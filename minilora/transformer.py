@@ -45,10 +45,8 @@ def recall(module, k, v):
     if cache is None:
         return k, v
     if module in cache:
-        k, v = (
-            Tensor(np.concatenate([old, new.data], 1))
-            for old, new in zip(cache[module], (k, v), strict=True)
-        )
+        pairs = zip(cache[module], (k, v), strict=True)
+        k, v = (Tensor(np.concatenate([old, new.data], axis=1)) for old, new in pairs)
     cache[module] = k.data, v.data
     return k, v
 
@@ -76,9 +74,7 @@ class Attention(Module):
         if d_head is None and d % n_head:
             raise ValueError(f"n_head is {n_head}; expected a divisor of the width {d}")
         self.n_head, inner = n_head, n_head * (d_head or d // n_head)
-        self.q = Linear(d, inner, rng=rng, dtype=dtype)
-        self.k = Linear(d, inner, rng=rng, dtype=dtype)
-        self.v = Linear(d, inner, rng=rng, dtype=dtype)
+        self.q, self.k, self.v = (Linear(d, inner, rng=rng, dtype=dtype) for _ in range(3))
         self.o = Linear(inner, d, rng=rng, dtype=dtype)
 
     d_out = property(lambda self: self.o.d_out)
@@ -133,18 +129,14 @@ class Transformer(Module):
         sizes |= {"n_head": np.min(n_head), "n_layer": n_layer, "d_ff": np.min(d_ff or 1)}
         if min(sizes.values()) < 1:
             raise ValueError(f"the sizes are {sizes}; expected 1 or more of each")
-        heads, inner = (
-            n if isinstance(n, (list, tuple)) else [n] * n_layer for n in (n_head, d_ff)
-        )
-        self.tokens = Embedding(vocab_size, n_embd, rng=rng, dtype=dtype)
-        self.positions = Embedding(n_positions, n_embd, rng=rng, dtype=dtype)
-        self.blocks = [
-            Block(n_embd, h, d_head=d_head, d_ff=n, rng=rng, dtype=dtype)
-            for h, n in zip(heads, inner, strict=True)
-        ]
+        heads, inner = (n if isinstance(n, list) else [n] * n_layer for n in (n_head, d_ff))
+        new, each = {"rng": rng, "dtype": dtype}, zip(heads, inner, strict=True)
+        self.tokens = Embedding(vocab_size, n_embd, **new)
+        self.positions = Embedding(n_positions, n_embd, **new)
+        self.blocks = [Block(n_embd, h, d_head=d_head, d_ff=n, **new) for h, n in each]
         self.norm = LayerNorm(n_embd, dtype=dtype)
         # a small head: at the start all tokens are about equally likely, and the loss about ln V
-        self.head = Linear(n_embd, vocab_size, rng=rng, bias=False, std=0.02, dtype=dtype)
+        self.head = Linear(n_embd, vocab_size, bias=False, std=0.02, **new)
         if tied:
             self.head.weight = self.tokens.weight
 
