@@ -271,12 +271,12 @@ def by_distance(rows):
 
 def story():
     """What decides the numbers: runs that differ in it do not stand in one file."""
-    sums = {
-        f: hashlib.sha256((io.DATA / f"{f}.safetensors").read_bytes()) for f in ("base", "eval")
-    }
     found = {"command": "python -m minilora.compare", "minilora": version("minilora")}
     found |= {"numpy": np.__version__, "batch_size": BATCH}
-    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
+    for name in ("base", "eval"):
+        data = (io.DATA / f"{name}.safetensors").read_bytes()
+        found[name] = hashlib.sha256(data).hexdigest()[:16]
+    return found
 
 
 def load(path, made_by=None):
@@ -328,9 +328,8 @@ def spread(values):
 def told(rows):
     """The tables of what the rows say, as text."""
     parts = ["Exact match in %, the mean over tasks: mean (lowest-highest) of five seeds.\n"]
-    columns = {"method": "{method}", "numbers": "{numbers:,}"} | {
-        d: f"{{{d}}}" for d in tasks.DISTANCES
-    }
+    columns = {"method": "{method}", "numbers": "{numbers:,}"}
+    columns |= {d: f"{{{d}}}" for d in tasks.DISTANCES}
     numbers = {(r["method"], r["budget"]): r["kept"] for r in rows}
     lines = [
         {"method": m, "numbers": next(numbers[m, b] for b in MIDDLE if (m, b) in numbers)}

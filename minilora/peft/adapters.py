@@ -73,7 +73,7 @@ def adapter(model, r=8, where="houlsby", *, parallel=False, norms=None, **settin
             ("new layer normalization parameters per task", section 2.1), Pfeiffer's stay as they
             were pre-trained. They are not in the wrappers: `detach` leaves them as they are.
 
-    Source of the latter: Pfeiffer et al. 2021, arXiv 2005.00247.
+    Source of `"pfeiffer"`: Pfeiffer et al. 2021, arXiv 2005.00247.
     """
     named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
     patterns = named.get(where, where) if isinstance(where, str) else where

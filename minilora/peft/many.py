@@ -86,8 +86,8 @@ class Many(Wrapper):
 def many(model, adapters):
     """Put several LoRA adapters on a model at once, for inference. Returns the model.
 
-    `adapters` maps names to what `detach` gave on this model, and takes them off again. Use it as
-    `with choose(model, ["sort", None, "sort"]): model(ids)`.
+    `adapters` maps names to what `detach` gave on this model; `detach` takes them all off again.
+    Use it as `with choose(model, ["sort", None, "sort"]): model(ids)`.
     """
     bases, fresh = _bases(adapters.values()), {}
     for name, layer in plain(model, bases, (Linear,)).items():
