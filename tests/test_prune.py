@@ -52,6 +52,7 @@ from minilora.compress import (
     wanda_mask,
 )
 from minilora.surgery import replace, wrappers
+from minilora.transformer import attend
 
 law = settings(max_examples=40)
 both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -485,6 +486,30 @@ def test_a_compensated_model_has_its_share_keeps_its_masks_and_leaves_the_old_la
         assert not any((mask & ~first[name]).any() for name, mask in masks(model).items())
 
 
+@pytest.mark.parametrize("settings", [{"compensate": True}, {"compensate": True, "scope": 2}, {}])
+def test_blocks_in_turn_are_each_pruned_for_what_the_pruned_ones_before_make(settings):
+    model, loop = (sparsify(small(), 0.25, "blocks.[02].*") for _ in "ab")
+    sparsify(model, 0.5, sequential=IDS, **settings)
+    for i in range(LAYERS):  # by hand: the mean over what the layers before the block really give
+        block, grams = loop.blocks[i], {}
+        with no_grad():
+            x = loop.tokens(IDS) + loop.positions(np.arange(5))
+            for before in loop.blocks[:i]:
+                x = before(x)
+            h = block.norm1(x)
+            a = attend(block.attn.q(h), block.attn.k(h), block.attn.v(h), HEADS)
+            m = block.norm2(x + block.attn.o(a))
+            inner = ops.gelu(block.mlp.up(m))
+        given = {"attn.q": h, "attn.k": h, "attn.v": h, "attn.o": a, "mlp.up": m, "mlp.down": inner}
+        for name, tensor in given.items():
+            flat = tensor.data.reshape(-1, tensor.shape[-1])
+            grams[f"blocks.{i}.{name}"] = flat.T @ flat / len(flat)
+        sparsify(loop, 0.5, f"blocks.{i}.*", grams=grams, **settings)
+    for (name, got), wanted in zip(wrappers(model).items(), wrappers(loop).values(), strict=True):
+        np.testing.assert_array_equal(got.mask, wanted.mask, err_msg=name)
+        np.testing.assert_allclose(got.dense(), wanted.dense(), rtol=1e-9, atol=1e-12)
+
+
 def test_on_the_base_sparse_gpt_is_no_worse_than_wanda():
     tests = np.concatenate([load_eval(skill)[:12] for skill in tasks.SKILLS])
     for seed in range(3):
@@ -549,6 +574,8 @@ LACKING = {name: gram for name, gram in GRAMS.items() if not name.endswith(("dow
         ({"compensate": True}, ValueError, "scope"),
         ({"compensate": True, "grams": GRAMS, "scope": "row"}, ValueError, "scope"),
         ({"grams": LACKING}, KeyError, "blocks.0.attn.o"),
+        ({"sequential": IDS, "scope": "global"}, ValueError, "scope"),
+        ({"sequential": IDS[0]}, ValueError, "ids"),
         ({"targets": "norm"}, LookupError, "right kind"),
         ({"targets": "head"}, ValueError, "tied"),
     ],

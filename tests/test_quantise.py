@@ -1,5 +1,6 @@
 """Quantisation: packing, levels, blocks, bounds, bytes; GPTQ; the layers and the recipes."""
 
+import copy
 import json
 import tracemalloc
 from math import frexp
@@ -31,12 +32,14 @@ from minilora.compress import (
     nf4_levels,
     observe,
     pack,
+    prune_neurons,
     quantise,
     quantise_aware,
     quantise_model,
     unpack,
 )
 from minilora.compress.quantise import block_size, nearest, small_floats
+from minilora.transformer import attend
 
 IDS = np.random.default_rng(9).integers(7, size=(2, 5))
 NF4 = [  # as published with QLoRA
@@ -871,6 +874,48 @@ def test_grams_round_a_model_by_what_flows_through_it():
     wanted = gptq(w, grams[name], 2, block="row")
     np.testing.assert_array_equal(layers[name].quantised.packed, wanted.packed)
     assert (wanted.packed != quantise(w, 2, block="row").packed).any()
+
+
+def by_hand(model, ids, make):
+    """`make(w, gram)` for every layer, each block's after the blocks before it, written out."""
+    model = copy.deepcopy(model)
+    x = model.tokens(ids).data + model.positions(np.arange(ids.shape[1])).data
+    found = {}
+    for i, block in enumerate(model.blocks):
+        h = block.norm1(Tensor(x))
+        a = attend(block.attn.q(h), block.attn.k(h), block.attn.v(h), block.attn.n_head)
+        m = block.norm2(Tensor(x + block.attn.o(a).data))
+        inner = ops.gelu(block.mlp.up(m))
+        given = {"attn.q": h, "attn.k": h, "attn.v": h, "attn.o": a, "mlp.up": m, "mlp.down": inner}
+        for name, layer in block.named_modules():
+            if name in given:
+                flat = given[name].data.reshape(-1, layer.d_in)
+                layer.weight.data = make(layer.weight.data, flat.T @ flat / len(flat))
+                found[f"blocks.{i}.{name}"] = layer.weight.data
+        x = block(Tensor(x)).data
+    return found
+
+
+def test_blocks_in_turn_are_each_rounded_for_what_the_rounded_ones_before_make():
+    form = {"bits": 2, "block": "row"}
+    wanted = by_hand(small(), IDS, lambda w, c: dequantise(gptq(w, c, **form), np.float64))
+    model = quantise_model(small(), sequential=IDS, **form)
+    at_once = quantise_model(small(), grams=observe(small(), IDS), **form)
+    assert not model.trainable() and len(wanted) == 12
+    for name, module in at_once.named_modules():
+        if name in wanted:
+            got = dict(model.named_modules())[name].dense()
+            np.testing.assert_allclose(got, wanted[name], rtol=1e-6, err_msg=name)
+            assert name.startswith("blocks.1") or (got == module.dense()).all()
+    assert (model.blocks[1].mlp.up.dense() != at_once.blocks[1].mlp.up.dense()).any()
+
+
+def test_an_error_in_a_later_block_puts_the_first_ones_back():
+    model = prune_neurons(small(), 3, "blocks.1.mlp")
+    before = untouched(model)
+    with pytest.raises(ValueError, match="divisor of d_in = 3"):
+        quantise_model(model, block=8, sequential=IDS)
+    assert untouched(model) == before
 
 
 def untouched(model):

@@ -1,9 +1,11 @@
 """What flows through a model's layers: the one statistic that compression by data needs."""
 
+from itertools import groupby
+
 import numpy as np
 
 from ..nn import Linear, Module
-from ..surgery import find, plain
+from ..surgery import find, plain, put_all
 from ..tensor import no_grad
 
 
@@ -46,6 +48,10 @@ def observe(model, inputs, targets="blocks.*"):
         Layer names to arrays (d_in, d_in), float64.
     """
     plain(model, "*", Module, ties=True)  # with a wrapper, names would be those of its base
+    return _moments(model, inputs, find(model, targets, Linear))
+
+
+def _moments(model, inputs, layers):
     totals, rows = {}, {}
 
     def see(name, x, y):
@@ -53,6 +59,28 @@ def observe(model, inputs, targets="blocks.*"):
         totals[name] = totals.get(name, 0) + x.T @ x  # (d_in, d_in)
         rows[name] = rows.get(name, 0) + len(x)
 
-    layers = find(model, targets, Linear)
     watch(model, inputs, layers, see)
     return {name: totals[name] / rows[name] for name in layers}
+
+
+def by_data(model, layers, make, grams=None, sequential=None):
+    """The new layers of a recipe by name: `make(name, layer, gram)` of each of `layers`.
+
+    A gram is None, or that of the model as it stands (`grams`), or, with token ids (N, T) as
+    `sequential`, that of what a block is given once all blocks before it are new: its own layers
+    can make up for what those do wrong. The model is left as it was.
+
+    Source: Frantar et al. 2022, arXiv 2210.17323, section 4, for blocks in turn.
+    """
+    if sequential is None:
+        return {n: make(n, m, None if grams is None else grams[n]) for n, m in layers.items()}
+    fresh, modules = {}, dict(model.named_modules())
+    old = {name: modules[name] for name in layers}  # under a mask, the mask
+    try:
+        for _, block in groupby(layers, lambda name: name.split(".")[:2]):
+            grams = _moments(model, sequential, {name: old[name] for name in block})
+            fresh |= {name: make(name, layers[name], gram) for name, gram in grams.items()}
+            put_all(model, {name: fresh[name] for name in grams})
+    finally:
+        put_all(model, old)
+    return fresh

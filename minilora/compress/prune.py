@@ -12,7 +12,7 @@ from .. import ops
 from ..nn import Linear, Module
 from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
 from .factor import make_up
-from .observe import watch
+from .observe import by_data, watch
 
 # ------------------------------------------------------------------ which to keep
 
@@ -145,7 +145,16 @@ class Masked(Wrapper):
         return f"Masked(sparsity={self.sparsity:.4g}, base={self.base!r})"
 
 
-def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, compensate=False):
+def sparsify(
+    model,
+    sparsity,
+    targets="blocks.*",
+    *,
+    scope=None,
+    grams=None,
+    sequential=None,
+    compensate=False,
+):
     """Put a mask on the layers whose names match, by |w|, or by |w| · ‖x‖ if `grams` are given.
 
     On a model that is masked already this prunes further, so that a loop of training and
@@ -161,13 +170,18 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, com
             each so many neighbours in a row: 4 with a sparsity of .5 is the 2:4 of GPUs.
         grams: what `observe` gave. `observe` wants a plain model: to prune by fresh grams,
             `merge` first; zeros have the lowest score.
+        sequential: token ids (N, T) in place of `grams`: each block is pruned for what the pruned
+            blocks before it make of these. Not for `"global"`.
         compensate: prune by `sparse_gpt`, with grams, by layers or neighbours: the weights that
             stay change, and `detach` does not bring them back.
 
     Source: Han et al. 2015, arXiv 1506.02626, section 3; Sun et al. 2023, arXiv 2306.11695.
     """
-    scope = scope or ("layer" if grams is None or compensate else "row")
-    unfit = compensate and (grams is None or scope in ("row", "global"))
+    blind = grams is None and sequential is None
+    scope = scope or ("layer" if blind or compensate else "row")
+    unfit = (compensate and (blind or scope == "row")) or (
+        scope == "global" and (compensate or sequential is not None)
+    )
     if unfit or not (scope in ("row", "layer", "global") or isinstance(scope, int)):
         raise ValueError(f"scope is {scope!r}; expected 'layer' or a number, 'row', 'global'")
     on = wrappers(model)
@@ -175,27 +189,31 @@ def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, com
         plain(model, "*", Module, ties=True)  # refuses an adapter
     with detached(model):
         layers = plain(model, targets)
-    kept = {name: on[name].mask if name in on else True for name in layers}
-    scores, gone, fresh = {}, {}, {}
-    for name, layer in layers.items():
+    kept = {name: on[name].mask if name in on else np.True_ for name in layers}
+
+    def score(name, layer, gram):
         w = layer.weight.data
-        score = np.abs(w) if grams is None else _wanda(w, grams[name])
-        scores[name] = np.where(kept[name], score, -1)  # what is masked stays so
-    if scope == "global":
-        every = np.concatenate([score.reshape(-1) for score in scores.values()])  # (all weights,)
-        ends = np.cumsum([score.size for score in scores.values()], dtype=np.int64)[:-1]
-        gone = dict(zip(layers, np.split(_drop(every, sparsity), ends), strict=True))
-    for name, layer in layers.items():
-        if compensate:
-            w, gram = layer.weight.data, grams[name]
-            w, mask = sparse_gpt(w, gram, sparsity, scope=scope, kept=kept[name])
-            layer = _cut(layer)  # a copy: the old layer stays what it was
-            layer.weight.data[...] = w
-        elif scope == "global":
-            mask = kept[name] & ~gone[name].reshape(layer.shape)  # (n,) -> (d_out, d_in)
-        else:
-            mask = kept[name] & ~_drop(scores[name], sparsity, scope)
-        fresh[name] = Masked(layer, mask)
+        return np.where(kept[name], np.abs(w) if gram is None else _wanda(w, gram), -1)
+
+    def make(name, layer, gram):
+        if not compensate:
+            return Masked(layer, kept[name] & ~_drop(score(name, layer, gram), sparsity, scope))
+        w, mask = sparse_gpt(layer.weight.data, gram, sparsity, scope=scope, kept=kept[name])
+        new = _cut(layer)  # a copy: the old layer stays what it was
+        new.weight.data[...] = w
+        return Masked(new, mask)
+
+    def make_all():
+        scores = by_data(model, layers, score, grams)
+        every = np.concatenate([s.reshape(-1) for s in scores.values()])  # (all weights,)
+        ends = np.cumsum([s.size for s in scores.values()], dtype=np.int64)[:-1]
+        gone = np.split(_drop(every, sparsity), ends)
+        return {
+            name: Masked(layer, kept[name] & ~lost.reshape(layer.shape))
+            for (name, layer), lost in zip(layers.items(), gone, strict=True)
+        }
+
+    fresh = make_all() if scope == "global" else by_data(model, layers, make, grams, sequential)
     return put_all(model, fresh)
 
 

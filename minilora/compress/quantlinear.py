@@ -11,6 +11,7 @@ from ..peft.lora import LoRA, lora
 from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 from ..tensor import Tensor, no_grad, record
 from .factor import truncated_svd
+from .observe import by_data
 from .quantise import Quantised, dequantise, gptq, quantise
 
 
@@ -177,7 +178,7 @@ class StraightThrough(Wrapper):
 # ------------------------------------------------------------------ the recipes
 
 
-def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, **settings):
+def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, sequential=None, **settings):
     """Put a `QuantLinear` in the place of each matching linear layer, and freeze the model.
 
     Args:
@@ -185,11 +186,14 @@ def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, **settings)
         bits, settings: as for `quantise`: `block`, `kind`, `double`.
         targets: one pattern or several for plain linear layers.
         grams: layer names to second moments, as `observe` returns them, to round by `gptq`.
+        sequential: token ids (N, T) in place of `grams`: each block is rounded for what the
+            rounded blocks before it make of these.
     """
-    fresh = {
-        name: QuantLinear(layer, bits, gram=None if grams is None else grams[name], **settings)
-        for name, layer in plain(model, targets).items()
-    }
+
+    def make(name, layer, gram):
+        return QuantLinear(layer, bits, gram=gram, **settings)
+
+    fresh = by_data(model, plain(model, targets), make, grams, sequential)
     return freeze(put_all(model, fresh))
 
 
