@@ -14,6 +14,8 @@ from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
 from .factor import make_up
 from .observe import by_data, watch
 
+STEP = 8  # by tests/benchmarks/by_data.py: 1 to 8 columns do as well, 32 and more do worse
+
 # ------------------------------------------------------------------ which to keep
 
 
@@ -81,7 +83,7 @@ def wanda_mask(w, gram, sparsity):
 def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
     """Take weights away column by column, those still to come making up for what goes.
 
-    In each 8 columns (or `scope` of them), once their turn comes, the weights go whose removal
+    In each `STEP` columns (or `scope` of them), once their turn comes, the weights go whose removal
     costs least, (w / U_jj)²: see `make_up`, and `gptq` for the same with rounding. The paper's
     128 of some thousand columns are about as large a part of a layer.
 
@@ -96,7 +98,7 @@ def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
 
     Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
     """
-    mask, width = np.broadcast_to(kept, w.shape).copy(), 8 if scope == "layer" else scope
+    mask, width = np.broadcast_to(kept, w.shape).copy(), STEP if scope == "layer" else scope
 
     def settle(j, rest, u):
         if j % width == 0:
