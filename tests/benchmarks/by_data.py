@@ -55,7 +55,7 @@ def rounded(bits, in_turn=False, **form):
     """By GPTQ, one scale a row; `in_turn`: each block for what the rounded ones before make."""
 
     def make(seed):
-        by = {"sequential": CALIBRATION[seed]} if in_turn else {"grams": GRAMS[seed]}
+        by = {"in_turn": CALIBRATION[seed]} if in_turn else {"grams": GRAMS[seed]}
         return quantise_model(ml.load_base(), bits, block="row", **by, **form)
 
     return make
