@@ -206,7 +206,6 @@ class Memory(NamedTuple):
 # Bytes a number, as `training_memory` takes them. Adam has two means; the usual recipe of mixed
 # precision keeps a 32-bit copy of the weights beside them. NF4 has double scales, blocks of 64.
 RECIPES = {
-    "32 bits": {"weight": 4, "gradient": 4, "state": 8},
     "mixed precision": {"weight": 2, "gradient": 2, "state": 12},
     "8-bit Adam": {"weight": 2, "gradient": 2, "state": 6},
     "bf16 only": {"weight": 2, "gradient": 2, "state": 4},

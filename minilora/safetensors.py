@@ -60,9 +60,9 @@ def write(path, arrays, metadata=None):
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER_CAP:
         raise ValueError(f"the header would have {len(text)} bytes, expected up to {_HEADER_CAP}")
-    head = len(text).to_bytes(8, "little") + text
+    head = [len(text).to_bytes(8, "little"), text]
     try:
-        write_whole(path, itertools.chain([head], (plain[name].tobytes() for name in order)))
+        write_whole(path, itertools.chain(head, (plain[name].tobytes() for name in order)))
     except OSError as error:
         # in the name of what was asked for, not of the spare file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None

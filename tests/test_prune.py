@@ -252,7 +252,7 @@ def test_masked_gradients_agree_with_differences_and_are_zero_where_masked():
 
 
 def test_a_mask_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="mask has shape"):
+    with pytest.raises(ValueError, match="shape"):
         Masked(Linear(3, 2, rng=rng()), np.ones((3, 2), bool))
 
 
@@ -572,7 +572,7 @@ LACKING = {name: gram for name, gram in GRAMS.items() if not name.endswith(("dow
     "settings, error, word",
     [
         ({"scope": "column"}, ValueError, "scope"),
-        ({"scope": 3}, ValueError, "divisor"),
+        ({"scope": 3}, ValueError, "scope 3; .* divisor"),
         ({"compensate": True}, ValueError, "scope"),
         ({"compensate": True, "grams": GRAMS, "scope": "global"}, ValueError, "scope"),
         ({"grams": LACKING}, KeyError, "blocks.0.attn.o"),

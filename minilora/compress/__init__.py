@@ -26,8 +26,7 @@ from .factor import Tucker, hosvd, tensor_train, tt_dense, tucker
 from .lowrank import LowRankLinear, TuckerLinear, low_rank, tucker_layers
 from .quantise import kmeans_levels, nf4_levels, pack, unpack
 from .quantise import Quantised, dequantise, gptq, kmeans, quantise
-from .quantlinear import QuantLinear, StraightThrough
-from .quantlinear import fake_quantise, loftq, quantise_aware, quantise_model
+from .quantlinear import QuantLinear, StraightThrough, loftq, quantise_aware, quantise_model
 from .prune import Masked, magnitude_mask, rewind, sparse_gpt, sparsify, wanda_mask
 from .prune import block_similarity, drop_blocks, prune_heads, prune_neurons
 from .prune import break_even_sparsity, from_bitmap, from_indices, to_bitmap, to_indices

@@ -1,5 +1,6 @@
 """What flows through a model's layers: the one statistic that compression by data needs."""
 
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -15,17 +16,14 @@ def watch(model, inputs, modules, see):
     No module is replaced: each gets a `forward` of its own that looks on, taken off at the end.
     """
 
-    def spy(name, forward):
-        def spied(x):
-            y = forward(x)
-            see(name, x.data, y.data)
-            return y
-
-        return spied
+    def spied(name, forward, x):
+        y = forward(x)
+        see(name, x.data, y.data)
+        return y
 
     try:
         for name, module in modules.items():
-            module.forward = spy(name, module.forward)
+            module.forward = partial(spied, name, module.forward)
         with no_grad():
             model(inputs)
     finally:

@@ -35,10 +35,8 @@ def _drop(score, sparsity, scope="row"):
     d_in = score.shape[-1]
     sizes = {n: n for n in range(1, d_in + 1) if d_in % n == 0} | {"row": d_in, "layer": score.size}
     if not 0 <= sparsity < 1 or scope not in sizes:
-        raise ValueError(
-            f"sparsity is {sparsity!r}, scope {scope!r}; expected a share from 0 up to, not at, 1, "
-            f"and 'row', 'layer', 'global' or a divisor of d_in = {d_in}"
-        )
+        names = "'row', 'layer', 'global', a divisor"
+        raise ValueError(f"sparsity is {sparsity!r}, scope {scope!r}; expected 0 to 1, {names}")
     groups = score.reshape(-1, sizes[scope])  # (…, d_in) -> (groups, size)
     return _lowest(groups, round(sparsity * groups.shape[1])).reshape(score.shape)
 
@@ -114,9 +112,7 @@ class Masked(Wrapper):
     """
 
     def __init__(self, base, mask):
-        if np.shape(mask) != base.shape:
-            raise ValueError(f"mask has shape {np.shape(mask)}; expected {base.shape}")
-        self.base, self.mask = base, np.array(mask, bool)
+        self.base, self.mask = base, np.array(np.broadcast_to(mask, base.shape), bool)
 
     @property
     def sparsity(self):

@@ -167,10 +167,7 @@ def kmeans_levels(w, k, iterations=30):
         ends = np.concatenate([[0], inner, [w.size]])  # cluster i is w[ends[i] : ends[i + 1]]
         sizes = np.diff(ends)
         means = np.diff(sums[ends]) / np.maximum(sizes, 1)
-        fresh = np.where(sizes > 0, means, levels)
-        if np.array_equal(fresh, levels):
-            break
-        levels = np.sort(fresh)
+        levels = np.sort(np.where(sizes > 0, means, levels))
     return np.unique(levels)
 
 
@@ -332,20 +329,19 @@ def gptq(w, gram, bits=4, *, block=64, damping=0.01, act_order=False, **settings
     correlated and the grid leaves room to make up for an error; with 1 bit it may do harm.
 
     Args:
-        bits, block, settings: as for `quantise`; a whole `block` must divide d_in.
+        bits, block, settings: as for `quantise`.
         damping: as for `make_up`.
         act_order: go over the features from the loudest, E[x_j²], to the faintest: those that
             count most are rounded while most others can still make up for them.
 
     Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
-    q, d_in = quantise(w, bits, block=block, **settings), w.shape[1]
-    if block not in (None, "row") and d_in % block:
-        raise ValueError(f"block is {block}; expected a divisor of d_in = {d_in}, 'row' or None")
+    q, order = quantise(w, bits, block=block, **settings), np.arange(w.shape[1])
     grid, codes = level_set(q.bits, q.kind, q.levels), np.empty(w.shape, np.uint8)
     scale = q.spread(q.scales().astype(np.float64))  # (d_out, d_in)
     zero = np.zeros(w.shape) if q.zero is None else q.spread(q.zeros())
-    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(d_in)
+    if act_order:
+        order = np.argsort(-np.diagonal(gram), kind="stable")
 
     def settle(j, rest, u):
         k = order[j]

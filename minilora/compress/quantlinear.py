@@ -114,20 +114,13 @@ class QuantLinear(Linear):
 # ------------------------------------------------------------------ training towards the grid
 
 
-def fake_quantise(w, **settings):
-    """dequantise(quantise(w)) as an operation whose gradient is passed on unchanged.
-
-    Rounding has a slope of zero or none; the *straight-through* estimator takes it for 1.
-
-    Source: Bengio et al. 2013, arXiv 1308.3432, section 3.
-    """
-    return record(dequantise(quantise(w.data, **settings), w.dtype), (w, lambda g: g))
-
-
 class StraightThrough(Wrapper):
     """A linear layer that computes with its quantised weight and trains the one behind it.
 
-    `base` is a `Linear`; `bits` and `form` are as for `quantise`.
+    `base` is a `Linear`; `bits` and `form` are as for `quantise`. Rounding has a slope of zero or
+    none; the *straight-through* estimator takes it for 1. (A "fake quantised" weight.)
+
+    Source: Bengio et al. 2013, arXiv 1308.3432, section 3.
     """
 
     def __init__(self, base, bits=4, **form):
@@ -135,13 +128,15 @@ class StraightThrough(Wrapper):
         self.dense()  # for the checks of `quantise`
 
     def dense(self):
-        return fake_quantise(Tensor(self.base.dense()), **self.form).data
+        w = self.base.dense()
+        return dequantise(quantise(w, **self.form), w.dtype)  # (d_out, d_in)
 
     def merged(self):
         return QuantLinear(self.base, **self.form)
 
     def forward(self, x):
-        return ops.linear(x, fake_quantise(self.base.weight, **self.form), self.base.bias)
+        w = record(self.dense(), (self.base.weight, lambda g: g))
+        return ops.linear(x, w, self.base.bias)
 
     def __repr__(self):
         return f"StraightThrough({self.form['bits']} bits, base={self.base!r})"
