@@ -245,10 +245,9 @@ def _fill(parameters, arrays):
     if odd := _odd(parameters, arrays):
         name, here, there = odd
         raise ValueError(f"made for another model: {name} is {there} in the file, {here} here")
-    if whole := [
-        f"{name} has dtype {a.dtype}" for name, a in arrays.items() if a.dtype.kind != "f"
-    ]:
-        raise ValueError(f"{whole[0]}; expected floats")
+    for name, a in arrays.items():
+        if a.dtype.kind != "f":
+            raise ValueError(f"{name} has dtype {a.dtype}; expected floats")
     for name, p in parameters.items():
         p.data = np.array(arrays[name], p.dtype)
 

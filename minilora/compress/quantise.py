@@ -51,14 +51,12 @@ class Quantised(NamedTuple):
 
     def filled(self, arrays, prefix=""):
         """The same with other arrays, by the names that `arrays` gives them."""
-
-        def fill(name):
-            part = getattr(self, name)
-            double = isinstance(part, Quantised)
-            return part.filled(arrays, f"{prefix}{name}.") if double else arrays.get(prefix + name)
-
-        parts = {name: fill(name) for name in ("scale", "zero", "levels", "mean")}
-        return self._replace(packed=arrays[f"{prefix}codes"], **parts)
+        parts = {"packed": arrays[f"{prefix}codes"]}
+        for name in ("scale", "zero", "levels", "mean"):
+            parts[name], part = arrays.get(prefix + name), getattr(self, name)
+            if isinstance(part, Quantised):
+                parts[name] = part.filled(arrays, f"{prefix}{name}.")
+        return self._replace(**parts)
 
     @property
     def nbytes(self):
