@@ -2,5 +2,17 @@
 
 from .charts import COLOURS, MARKERS, accuracy, fan, heat, losses, new, spectra
 from .drawing import Drawing
-from .diagrams import attention, block, bypass, methods, tape
+from .diagrams import (
+    adapter,
+    attention,
+    block,
+    bypass,
+    gather,
+    gptq,
+    low_rank,
+    memory,
+    methods,
+    prefix,
+    tape,
+)
 from .stepper import Stepper, compress_steps, picture, rank_steps, stepper, walk

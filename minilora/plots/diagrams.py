@@ -74,6 +74,9 @@ def block():
     d.arrow((105, 242), (105, 190))
     d.arrow((1175, 190), (1175, 242))
     d.text(1175, 275, "logits\n(B, T, vocab)", 22)
+    for x, words in (300, "queries"), (420, "keys"), (540, "values"):
+        d.text(x + 10, 410, words, 20, "start", GREY)
+    d.text(890, 410, "4 d wide", 20, "start", GREY)
     d.text(455, 572, "q, k, v, o: 4 d² weights", 20, colour=GREY)
     d.text(905, 572, "up, down: 8 d² weights", 20, colour=GREY)
     d.text(640, 622, "the block, n_layer times", 24, bold=True)
@@ -90,15 +93,15 @@ def methods():
         "and token rows at the tokens. BitFit trains the biases of all grey boxes, full "
         "fine-tuning everything.",
     )
-    tags = [(300, 375, "LoRA"), (540, 375, "LoRA")]
-    tags += [(420, 415, "IA³"), (540, 415, "IA³"), (825, 475, "IA³")]
-    tags += [(420, 455, "prefix"), (540, 455, "prefix")]
+    tags = [(300, 364, "LoRA"), (540, 364, "LoRA")]
+    tags += [(420, 401, "IA³"), (540, 401, "IA³"), (825, 475, "IA³")]
+    tags += [(420, 438, "prefix"), (540, 438, "prefix")]
     tags += [(695, 330, "adapter"), (990, 330, "adapter")]
     _flow(d, tags)
     d.box(40, 220, 130, 34, "prompt", "trained", 20)
     d.box(40, 270, 130, 34, "token rows", "trained", 20)
     lines = (
-        ("full: everything trains", "BitFit: only the biases, in every grey box with weights"),
+        ("full: everything trains", "BitFit: the biases of all norms and linear layers"),
         ("LoRA: q and v here; any linear layer will do", "Houlsby's adapters train the norms too"),
     )
     for i, (left, right) in enumerate(lines):
@@ -119,7 +122,7 @@ def attention():
         700,
     )
     heads = (110, "input"), (300, "query"), (510, "keys"), (650, "scores"), (800, "softmax")
-    for x, words in (*heads, (990, "values"), (1180, "output")):
+    for x, words in (*heads, (990, "values"), (1185, "output")):
         d.text(x, 112, words, 24, bold=True)
     ys = 190, 300, 410, 520
     for i, y in enumerate(ys):
@@ -130,14 +133,19 @@ def attention():
         d.box(940, y - 35, 100, 70, f"v{sub}", "faint" if late else "data", 28)
         d.arrow((350, 410), (460, y), colour="#8A949E" if late else BLUE, dashed=late)
         d.text(650, y, "−∞" if late else f"{scores[i]:.0f}", 28)
-        d.text(800, y + 20, "0" if late else f"{weights[i]:.2f}"[1:], 26)
-        if not late:
-            d.box(800 - 90 * weights[i], y - 25, 180 * weights[i], 22, look="lit")
-            d.arrow((1040, y), (1130, 300), colour=BLUE, width=2 + 12 * weights[i])
+        if late:
+            d.text(720, y, "0", 26, "start")
+            continue
+        d.box(720, y - 16, 160 * weights[i], 32, look="lit")
+        d.text(732 + 160 * weights[i], y, f"{weights[i]:.2f}"[1:], 26, "start")
+        end = (1130, 300 + 24 * (i - 1))
+        d.arrow((1040, y), end, colour=BLUE, width=2 + 10 * weights[i])
     d.box(250, 375, 100, 70, "q₃", "lit", 28, bold=True)
     d.arrow((160, 410), (250, 410))
-    d.box(1130, 265, 110, 70, "Σ weight · v", "lit", 18)
-    d.text(1180, 520, "masked:\nit comes later", 20, colour=GREY)
+    d.box(1130, 255, 110, 90, "out₃", "lit", 28, bold=True)
+    shares = [f"{w:.2f}"[1:] for w in weights]
+    d.text(1185, 400, "= {} v₁\n+ {} v₂\n+ {} v₃".format(*shares), 22)
+    d.text(1185, 520, "masked:\nit comes later", 20, colour=GREY)
     d.text(300, 495, "scores: q₃ · k\nover √d_head", 20, colour=GREY)
     d.text(640, 620, "Each token makes its own three: q = Q x, k = K x, v = V x.", 24)
     d.text(640, 660, "Each head does this on its own share of the features.", 24)
@@ -177,14 +185,11 @@ def bypass():
         d.box(880, y, 370, 245, look="group")
         d.text(1065, y + 30, step, 24, bold=True)
         d.box(905, y + 65, 80, 60, "A", "trained", 28)
-        d.box(1045, y + 65, 80, 60, "B", "trained", 28)
-        d.text(1215, y + 95, "∂h", 26, colour=RED)
-        d.arrow((1190, y + 95), (1125, y + 95), colour=RED, width=4, dashed=True)
-        if is_zero:
-            d.arrow((1045, y + 95), (1015, y + 95), colour=GREY, width=4, dashed=True, head=False)
-            d.arrow((1013, y + 77), (1013, y + 113), colour=GREY, width=5, head=False)
-        else:
-            d.arrow((1045, y + 95), (985, y + 95), colour=RED, width=4, dashed=True)
+        d.box(1065, y + 65, 80, 60, "B", "trained", 28)
+        d.text(1220, y + 95, "∂h", 26, colour=RED)
+        d.arrow((1198, y + 95), (1145, y + 95), colour=RED, width=4, dashed=True)
+        d.arrow((1065, y + 95), (985, y + 95), colour=GREY if is_zero else RED, width=4, dashed=True)
+        d.text(1025, y + 72, "0" if is_zero else "≠ 0", 22, colour=GREY if is_zero else RED)
         d.text(900, y + 155, "∂B = (α/r) ∂h (A x)ᵀ  ≠ 0", 22, "start")
         d.text(900, y + 188, f"∂A = (α/r) Bᵀ ∂h xᵀ  {'= 0' if is_zero else '≠ 0'}", 22, "start")
         d.text(900, y + 221, "∂W: none, it is frozen", 22, "start", GREY)
@@ -195,11 +200,11 @@ def bypass():
 # ------------------------------------------------------------------ the tape
 
 WALK = {  # node: words, value, place, and (parent, local derivative in words, its value)
-    "loss": ("loss = d²", 64, (1060, 270), [("d", "2d = 16", 16)]),
-    "d": ("d = c + a", 8, (730, 270), [("c", "1", 1), ("a", "1", 1)]),
-    "c": ("c = a · b", 6, (400, 400), [("a", "b = 3", 3), ("b", "a = 2", 2)]),
-    "b": ("b", 3, (60, 470), []),
-    "a": ("a", 2, (60, 160), []),
+    "loss": ("loss = d²", 64, (1050, 250), [("d", "2 d = 16", 16)]),
+    "d": ("d = c + a", 8, (710, 250), [("c", "1", 1), ("a", "1", 1)]),
+    "c": ("c = a · b", 6, (390, 400), [("a", "b = 3", 3), ("b", "a = 2", 2)]),
+    "b": ("b", 3, (50, 460), []),
+    "a": ("a", 2, (50, 120), []),
 }
 
 
@@ -225,19 +230,232 @@ def tape(step=None):
     for name, (_, _, (x, y), edges) in WALK.items():
         for parent, local, factor in edges:
             px, py = WALK[parent][2]
-            start, end = (px + 170, py + 60), (x, y + 60)
+            lean = max(-38, min(38, 0.2 * (y - py)))  # arrows at one box part from each other
+            start, end = (px + 190, py + 65 + lean), (x, y + 65 - lean)
+            middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
             if name in walked:
-                now = name == walked[-1]
-                d.arrow(end, start, colour=RED, width=6 if now else 3, dashed=True)
-                mid = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-                share = f"{grads[name]} × {factor}"
-                d.text(mid[0], mid[1] - 34, share, 22, colour=RED)
+                width = 7 if name == walked[-1] else 3
+                d.arrow(end, start, colour=RED, width=width, dashed=True)
+                share = f"{grads[name]} × {factor} = {grads[name] * factor}"
+                d.text(*middle, share, 22, colour=RED, bold=width == 7, halo=True)
             else:
                 d.arrow(start, end, colour=GREY)
+                d.text(*middle, f"× {local}", 22, colour=GREY, halo=True)
     for name, (words, value, (x, y), _) in WALK.items():
         look = "lit" if walked and name == walked[-1] else "done" if name in walked else "data"
         grad = f"∂ = {grads[name]}" if step and name in grads else "∂ = ?"
-        d.box(x, y, 170, 120, f"{words}\n= {value}\n{grad}", look, 24)
+        d.box(x, y, 190, 130, f"{words}\n= {value}\n{grad}", look, 26)
         if name in walked:
-            d.text(x + 85, y - 18, f"{walked.index(name) + 1}.", 22, bold=True)
+            d.text(x + 95, y - 20, f"{walked.index(name) + 1}.", 22, bold=True)
+    return d
+
+
+# ------------------------------------------------------------------ memory
+
+
+def memory(rows, unit="MB", title="Where the memory goes"):
+    """The four bars of memory for each way to train, all at one scale.
+
+    Args:
+        rows: name to (weights, gradients, optimiser state, activations), numbers in `unit`;
+            one to six names.
+        unit: of the numbers. title: a sentence.
+    """
+    heads = "weights", "gradients", "optimiser state", "activations"
+    looks = "frozen", "done", "lit", "data"
+    top = max(max(row) for row in rows.values())
+    told = [
+        f"{name}: " + ", ".join(f"{h} {v:,.3g}" for h, v in zip(heads, row, strict=True))
+        for name, row in rows.items()
+    ]
+    d = Drawing(title, f"Bars of memory in {unit}. {'; '.join(told)}.", 150 + 95 * len(rows))
+    for i, head in enumerate(heads):
+        d.text(230 + 230 * i, 105, head, 22, "start", bold=True)
+    d.text(1250, 105, f"sum, {unit}", 22, "end", bold=True)
+    for j, (name, row) in enumerate(rows.items()):
+        y = 140 + 95 * j
+        d.text(40, y + 22, name, 24, "start", bold=True)
+        for i, value in enumerate(row):
+            if value:
+                d.box(230 + 230 * i, y, max(4, 200 * value / top), 44, look=looks[i])
+            d.text(230 + 230 * i, y + 64, f"{value:,.3g}", 22, "start")
+        d.text(1250, y + 22, f"{sum(row):,.3g}", 26, "end", bold=True)
+    return d
+
+
+# ------------------------------------------------------------------ adapters and prefixes
+
+
+def adapter():
+    """A bottleneck in series after attention or the MLP, and in parallel beside it."""
+    d = Drawing(
+        "An adapter stands inside the branch, before the stream takes the sum",
+        "Two wirings. In series: norm, attention or MLP, then h goes straight on and also through "
+        "down, GELU and up, and both are added before the stream takes them. In parallel: down "
+        "takes what attention or the MLP takes. The norms train with Houlsby's adapters only.",
+    )
+    for y, series in ((140, True), (445, False)):
+        row, low = y + 85, y + 180  # the branch, and the adapter under it
+        d.text(40, y - 40, "in series (Houlsby, Pfeiffer)" if series else "in parallel (He)", 24,
+               "start", bold=True)  # fmt: skip
+        d.arrow((40, y), (1250, y), width=6)
+        d.arrow((85, y), (85, row), (120, row))
+        d.box(120, row - 30, 110, 60, "norm", "trained" if series else "frozen")
+        d.arrow((230, row), (290, row))
+        d.box(290, row - 38, 190, 76, "attention\nor MLP")
+        d.arrow((480, row), (1060, row))
+        d.text(520, row - 20, "h", 24)
+        start = 540 if series else 260
+        d.arrow((start, row), (start, low), (600, low))
+        d.funnel(600, low, 120, 90, 40, "down")
+        d.arrow((720, low), (760, low))
+        d.box(760, low - 25, 100, 50, "GELU", "data")
+        d.arrow((860, low), (900, low))
+        d.funnel(900, low, 120, 40, 90, "up")
+        d.arrow((1020, low), (1080, low), (1080, row + 20))
+        d.plus(1080, row)
+        d.arrow((1100, row), (1180, row), (1180, y + 20))
+        d.plus(1180, y)
+    d.text(175, 290, "trains too\n(Houlsby)", 20, colour=GREY)
+    d.key(690, ("frozen", "frozen"), ("trained", "trains"), ("data", "no weights"))
+    return d
+
+
+def prefix(m=2, tokens=4):
+    """Who sees whom in attention, without and with `m` learned keys before the real ones."""
+    d = Drawing(
+        f"A prefix: {m} learned keys and values that every query sees",
+        f"Two grids of queries by keys. Without a prefix each of {tokens} queries sees the keys "
+        f"up to its own. With one, {m} learned columns stand before them and every query sees "
+        f"those too; the rest is as it was.",
+        620,
+    )
+    side = min(84, 380 // tokens, 620 // (m + tokens))
+    for left, learned, words in ((130, 0, "without"), (610, m, f"with a prefix of {m}")):
+        d.text(left, 105, words, 24, "start", bold=True)
+        for j in range(learned + tokens):
+            name = f"p{sub(j + 1)}" if j < learned else f"k{sub(j - learned + 1)}"
+            d.text(left + side * (j + 0.5), 145, name, 24, bold=j < learned)
+            for i in range(tokens):
+                look = "trained" if j < learned else "lit" if j - learned <= i else "faint"
+                d.box(left + side * j + 4, 170 + side * i + 4, side - 8, side - 8, look=look)
+        for i in range(tokens):
+            d.text(left - 30, 170 + side * (i + 0.5), f"q{sub(i + 1)}", 24)
+    d.text(640, 545, f"The tokens keep their mask and places; n_positions − {m} of them fit.", 24)
+    d.key(595, ("trained", "learned, seen"), ("lit", "seen"), ("faint", "masked"))
+    return d
+
+
+def sub(i):
+    """A number as a subscript."""
+    return "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(i))
+
+
+# ------------------------------------------------------------------ compression
+
+
+def gptq(weights=(1.4, 0.6, -1.3, 2.4), correlation=0.7):
+    """A row of weights, rounded one after another; each error moves to those on the right.
+
+    Args:
+        weights: four of them, rounded to whole numbers. correlation: of any two inputs, 0 to 1.
+
+    Source: Frantar et al. 2023, arXiv 2210.17323, with U the upper factor of H⁻¹ = Uᵀ U.
+    """
+    w, n = np.array(weights, float), len(weights)
+    h = np.full((n, n), float(correlation)) + (1 - correlation) * np.eye(n)
+    u = np.linalg.cholesky(np.linalg.inv(h)).T
+    rows, plain = [w.copy()], np.rint(w) - w
+    for j in range(n):
+        error = (w[j] - np.rint(w[j])) / u[j, j]
+        w[j:] -= error * u[j, j:]
+        rows.append(w.copy())
+    ours = w - rows[0]
+    losses = float(plain @ h @ plain), float(ours @ h @ ours)
+    d = Drawing(
+        "GPTQ: round a column, and let those on its right make up for it",
+        f"Weights {', '.join(f'{x:.2f}' for x in rows[0])}. They are rounded from left to right; "
+        f"each error changes the weights that still wait. Squared error of the output: plain "
+        f"rounding {losses[0]:.2f}, GPTQ {losses[1]:.2f}.",
+    )
+    for i, row in enumerate(rows):
+        y = 85 + 112 * i
+        d.text(40, y + 30, f"w{sub(i)} rounded" if i else "start", 24, "start")
+        for j, x in enumerate(row):
+            look = "lit" if j == i else "frozen" if j < i else "data"
+            d.box(250 + 170 * j, y, 130, 60, f"{x:.0f}" if j < i else f"{x:.2f}", look, 26)
+            if j > i:
+                d.arrow((315 + 170 * i, y + 60), (315 + 170 * j, y + 112), colour=RED, dashed=True)
+    d.text(1110, 160, "error of the output", 24, bold=True)
+    for y, words, loss in ((210, "plain rounding", losses[0]), (310, "GPTQ", losses[1])):
+        d.text(990, y, words, 24, "start")
+        d.box(990, y + 22, 180 * loss / max(losses), 36, look="done" if y == 210 else "lit")
+        d.text(1000 + 180 * loss / max(losses), y + 40, f"{loss:.2f}", 24, "start")
+    d.key(680, ("lit", "next"), ("data", "waits"), ("frozen", "rounded, stays"), ("", "error"))
+    return d
+
+
+def low_rank(d_out=64, d_in=64, r=4):
+    """W and its update as boxes, drawn to scale, with their numbers counted."""
+    full, small, side = d_out * d_in, r * (d_out + d_in), 330 / max(d_out, d_in)
+    h, w, thin = d_out * side, d_in * side, max(10, r * side)
+    d = Drawing(
+        f"An update of rank {r} is two thin matrices",
+        f"W, a box of {d_out} by {d_in}, {full:,} numbers, plus α/r times B, {d_out} by {r}, "
+        f"times A, {r} by {d_in}: {small:,} numbers together.",
+        620,
+    )
+    y = 290  # the middle
+    d.box(60, y - h / 2, w, h, "W", "frozen", 44)
+    d.text(60 + w / 2, y + h / 2 + 34, f"{d_out} × {d_in} = {full:,}", 26)
+    x = 60 + w
+    d.text(x + 80, y, "+ α/r ·", 38)
+    d.box(x + 170, y - h / 2, thin, h, look="trained")
+    d.text(x + 170 + thin / 2, y - h / 2 - 26, "B", 34, bold=True)
+    d.text(x + 170 + thin / 2, y + h / 2 + 34, f"{d_out} × {r}", 26)
+    x += 170 + thin
+    d.text(x + 40, y, "·", 44, bold=True)
+    d.box(x + 80, y - thin / 2, w, thin, look="trained")
+    d.text(x + 80 + w / 2, y - thin / 2 - 30, "A", 34, bold=True)
+    d.text(x + 80 + w / 2, y + thin / 2 + 34, f"{r} × {d_in}", 26)
+    told = f"{r} · ({d_out} + {d_in}) = {small:,} numbers: {100 * small / full:.3g}% of W"
+    d.text(640, 540, told, 28, bold=True)
+    limit = d_out * d_in / (d_out + d_in)
+    d.text(640, 585, f"As many as W at r = d k / (d + k) = {limit:.3g}", 24, colour=GREY)
+    return d
+
+
+def gather(names=("sort", None, "reverse", "sort")):
+    """A batch in which each sample takes its own adapter: one product with W, a gather of A and B.
+
+    Args:
+        names: the adapter of each of up to four samples; `None` for the base alone.
+    """
+    known = [None, *dict.fromkeys(n for n in names if n)]
+    which = [known.index(n) for n in names]
+    say = [n or "none: zeros" for n in known]
+    d = Drawing(
+        "Many adapters in one batch: share W, gather A and B",
+        f"Samples ask for {', '.join(n or 'none' for n in names)}. One product with W serves all. "
+        f"From a store of {len(known)} pairs A and B, where pair 0 is zeros, each sample gathers "
+        f"its own; both results are added.",
+    )
+    d.box(60, 80, 1160, 76, "W x for the whole batch: one product, frozen", "frozen", 26)
+    for x, words in (110, "batch"), (250, "which"), (520, "store"), (900, "gathered"), (1165, "out"):
+        d.text(x, 205, words, 24, bold=True)
+    tops = [250 + 100 * i for i in range(len(names))]
+    places = [250 + 100 * i + 50 * (len(names) - len(known)) for i in range(len(known))]
+    for k, y in enumerate(places):
+        d.box(390, y, 260, 70, look="group")
+        d.text(415, y + 35, f"{k}", 26, bold=True)
+        d.text(450, y + 35, say[k], 22, "start")
+    for i, (y, k) in enumerate(zip(tops, which, strict=True)):
+        d.arrow((650, places[k] + 35), (780, y + 35), colour=[GREY, BLUE, RED, "#007A5A"][k % 4])
+        d.box(60, y, 100, 70, f"x{sub(i + 1)}", "data", 28)
+        d.box(220, y + 10, 60, 50, f"{k}", "lit" if k else "frozen", 26)
+        d.arrow((160, y + 35), (220, y + 35))
+        d.box(780, y, 240, 70, f"B{sub(k)} A{sub(k)} x{sub(i + 1)}", "trained" if k else "frozen", 28)
+        d.arrow((1020, y + 35), (1110, y + 35))
+        d.box(1110, y, 110, 70, f"h{sub(i + 1)}", "data", 28)
+    d.text(640, 680, "h = W x + B[which] A[which] x", 28, bold=True)
     return d

@@ -38,11 +38,13 @@ class Drawing:
         if title:
             self.text(40, 46, title, 32, "start", bold=True)
 
-    def text(self, x, y, words, size=24, anchor="middle", colour=INK, bold=False):
-        """Words whose lines stand about (x, y); `anchor` is start, middle or end."""
+    def text(self, x, y, words, size=24, anchor="middle", colour=INK, bold=False, halo=False):
+        """Words whose lines stand about (x, y); `halo` is for words on top of an arrow."""
         lines = words.split("\n")
         look = f'font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
         look += ' font-weight="bold"' if bold else ""
+        if halo:
+            look += ' stroke="#FFFFFF" stroke-width="9" paint-order="stroke"'
         for i, line in enumerate(lines):
             at = y + 1.2 * size * (i - (len(lines) - 1) / 2) + 0.35 * size
             self.parts.append(f'<text x="{n(x)}" y="{n(at)}" {look}>{escape(line)}</text>')
