@@ -31,7 +31,7 @@ BOOK = [  # to be read from top to bottom
     "lecture",
     "plots",
 ]
-JOBS = ["command", "pretrain", "compare", "editions", "__main__"]  # which a reader may skip
+JOBS = ["command", "pretrain", "compare", "editions", "grade", "__main__"]  # which a reader may skip
 ORDER = BOOK + JOBS
 OUTSIDE = {"numpy", "tqdm"}  # beside the standard library
 OUTSIDE_IN = {"plots": {"matplotlib"}, "lecture": {"matplotlib", "IPython"}}
