@@ -435,6 +435,17 @@ def test_low_rank_takes_each_layer_at_its_own_rank():
     assert ranks == wanted | {"blocks.1.mlp.up": 8}
 
 
+def test_blocks_in_turn_are_each_cut_for_what_the_cut_ones_before_make():
+    model, loop = low_rank(small(), 2, in_turn=IDS), small()
+    for name in ("blocks.0.*", "blocks.1.*"):
+        low_rank(loop, 2, name, grams=observe(loop, IDS, name))
+    at_once = low_rank(small(), 2, grams=observe(small(), IDS))
+    for i in (0, 1):
+        got, wanted, other = (m.blocks[i].mlp.up.dense() for m in (model, loop, at_once))
+        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+        assert (i == 0) == np.allclose(got, other, rtol=1e-9, atol=1e-12)
+
+
 def test_with_grams_the_outputs_decide():
     name, grams = "blocks.0.mlp.down", observe(small(), IDS)
     gram, w = grams[name], small().blocks[0].mlp.down.dense()
