@@ -148,13 +148,18 @@ def record(value, *edges):
 
 
 @contextmanager
+def within(variable, value):
+    """Inside this block a `ContextVar` has this value; then it is as it was found."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
 def no_grad():
     """Inside this block nothing is recorded: for evaluation, generation and merging."""
-    token = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
+    return within(_recording, False)
 
 
 def backward(tensor, grad=None):

@@ -3,14 +3,13 @@
 It knows nothing of LoRA or its relatives: they are put in from outside, by `surgery.replace`.
 """
 
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import numpy as np
 
 from . import ops
 from .nn import MLP, Embedding, LayerNorm, Linear, Module, check_rng
-from .tensor import Tensor, no_grad
+from .tensor import Tensor, no_grad, within
 
 _cache = ContextVar("cache", default=None)
 
@@ -24,14 +23,9 @@ class Cache(dict):
     past = 0
 
 
-@contextmanager
 def cached():
     """Inside this block attention remembers the keys and values of all that it was given."""
-    token = _cache.set(Cache())
-    try:
-        yield _cache.get()
-    finally:
-        _cache.reset(token)
+    return within(_cache, Cache())
 
 
 def past():

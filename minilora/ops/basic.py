@@ -2,13 +2,12 @@
 
 import builtins
 import sys
-from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
 
 import numpy as np
 
-from ..tensor import Tensor, record
+from ..tensor import Tensor, record, within
 
 # ------------------------------------------------------------------ helpers
 
@@ -48,17 +47,12 @@ def once(f):
 _gemm_log = ContextVar("gemm_log", default=None)
 
 
-@contextmanager
 def count_gemms():
     """Inside this block, list every matrix product of the engine as (batch, m, k, n).
 
     Each entry stands for `batch` products (m, k) @ (k, n), that is 2·batch·m·k·n FLOPs.
     """
-    token = _gemm_log.set([])
-    try:
-        yield _gemm_log.get()
-    finally:
-        _gemm_log.reset(token)
+    return within(_gemm_log, [])
 
 
 def flops(log):
