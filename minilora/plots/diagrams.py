@@ -80,7 +80,9 @@ def block():
     d.text(455, 572, "q, k, v, o: 4 d² weights", 20, colour=GREY)
     d.text(905, 572, "up, down: 8 d² weights", 20, colour=GREY)
     d.text(640, 622, "the block, n_layer times", 24, bold=True)
-    d.text(640, 672, "x = x + attn(norm1(x))     then     x = x + mlp(norm2(x))", 24)
+    d.text(455, 672, "x + attn(norm1(x))", 24)
+    d.text(640, 672, "and then", 24, colour=GREY)
+    d.text(825, 672, "x + mlp(norm2(x))", 24)
     return d
 
 
@@ -101,12 +103,16 @@ def methods():
     d.box(40, 220, 130, 34, "prompt", "trained", 20)
     d.box(40, 270, 130, 34, "token rows", "trained", 20)
     lines = (
-        ("full: everything trains", "BitFit: the biases of all norms and linear layers"),
-        ("LoRA: q and v here; any linear layer will do", "Houlsby's adapters train the norms too"),
+        (
+            "full: everything trains; BitFit: the biases only",
+            "adapter: a bottleneck inside the branch",
+        ),
+        ("LoRA: B A beside a weight, of any linear layer", "prefix: learned keys and values"),
+        ("IA³: a scale for each feature", "prompt: learned inputs; token rows: a few rows"),
     )
     for i, (left, right) in enumerate(lines):
-        d.text(40, 625 + 42 * i, left, 22, "start")
-        d.text(620, 625 + 42 * i, right, 22, "start")
+        d.text(40, 620 + 35 * i, left, 21, "start")
+        d.text(660, 620 + 35 * i, right, 21, "start")
     return d
 
 
@@ -158,7 +164,7 @@ def attention():
 def bypass():
     """LoRA beside a frozen weight, and who gets a gradient at the first two steps."""
     d = Drawing(
-        "LoRA: h = W x + (α/r) B A x",
+        "LoRA: h = W x + (α/r) B A x, with W frozen",
         "x goes through the frozen W, and beside it through A, which narrows to r numbers, and B, "
         "which widens again, times α/r; both are added to h. At step 1 B is zero: B gets a "
         "gradient, A gets zero. From step 2 on both get one. W never does.",
@@ -167,14 +173,16 @@ def bypass():
     d.box(40, 300, 70, 60, "x", "data", 30)
     d.arrow((110, 330), (160, 330), (160, 210), (240, 210))
     d.arrow((160, 330), (160, 480), (220, 480))
-    d.box(240, 120, 260, 180, "W\nd_out × d_in\nfrozen", size=26)
+    d.box(240, 120, 260, 180)
+    d.text(370, 195, "W", 34, bold=True)
+    d.text(370, 240, "d_out × d_in", 22)
     d.funnel(220, 480, 130, 180, 56, "A")
     d.funnel(410, 480, 130, 56, 180, "B")
     d.arrow((350, 480), (410, 480))
     d.text(380, 450, "r", 26)
-    d.text(285, 595, "r × d_in", 22)
-    d.text(475, 595, "d_out × r", 22)
-    d.box(580, 450, 84, 60, "α/r", "data", 26)
+    d.text(285, 592, "r × d_in", 22)
+    d.text(475, 592, "d_out × r", 22)
+    d.box(580, 450, 84, 60, "α/r", "frozen", 26)
     d.arrow((540, 480), (580, 480))
     d.arrow((500, 210), (720, 210), (720, 310))
     d.arrow((664, 480), (720, 480), (720, 350))
@@ -188,23 +196,25 @@ def bypass():
         d.box(1065, y + 65, 80, 60, "B", "trained", 28)
         d.text(1220, y + 95, "∂h", 26, colour=RED)
         d.arrow((1198, y + 95), (1145, y + 95), colour=RED, width=4, dashed=True)
-        d.arrow((1065, y + 95), (985, y + 95), colour=GREY if is_zero else RED, width=4, dashed=True)
+        d.arrow(
+            (1065, y + 95), (985, y + 95), colour=GREY if is_zero else RED, width=4, dashed=True
+        )
         d.text(1025, y + 72, "0" if is_zero else "≠ 0", 22, colour=GREY if is_zero else RED)
         d.text(900, y + 155, "∂B = (α/r) ∂h (A x)ᵀ  ≠ 0", 22, "start")
         d.text(900, y + 188, f"∂A = (α/r) Bᵀ ∂h xᵀ  {'= 0' if is_zero else '≠ 0'}", 22, "start")
         d.text(900, y + 221, "∂W: none, it is frozen", 22, "start", GREY)
-    d.key(632, ("frozen", "frozen"), ("trained", "trains"), ("data", "data"), ("", "gradient"))
+    d.key(634, ("frozen", "frozen"), ("trained", "trains"), ("data", "data"), ("", "gradient"))
     return d
 
 
 # ------------------------------------------------------------------ the tape
 
 WALK = {  # node: words, value, place, and (parent, local derivative in words, its value)
-    "loss": ("loss = d²", 64, (1050, 250), [("d", "2 d = 16", 16)]),
-    "d": ("d = c + a", 8, (710, 250), [("c", "1", 1), ("a", "1", 1)]),
+    "loss": ("loss = d²", 64, (1050, 220), [("d", "2 d = 16", 16)]),
+    "d": ("d = c + a", 8, (710, 220), [("c", "1", 1), ("a", "1", 1)]),
     "c": ("c = a · b", 6, (390, 400), [("a", "b = 3", 3), ("b", "a = 2", 2)]),
-    "b": ("b", 3, (50, 460), []),
-    "a": ("a", 2, (50, 120), []),
+    "b": ("b", 3, (50, 450), []),
+    "a": ("a", 2, (50, 110), []),
 }
 
 
@@ -215,15 +225,15 @@ def tape(step=None):
     """
     step = len(WALK) if step is None else step
     walked = list(WALK)[:step]
-    grads = {"loss": 1}
+    shares = {"loss": [1]}  # what has come to each node
     for name in walked:
         for parent, _, factor in WALK[name][3]:
-            grads[parent] = grads.get(parent, 0) + grads[name] * factor
+            shares.setdefault(parent, []).append(sum(shares[name]) * factor)
     d = Drawing(
         "The tape is walked from the loss back to the leaves",
         "a = 2 and b = 3 make c = 6, d = c + a = 8 and the loss d² = 64. "
         + (f"{step} nodes are walked; gradients: " if step else "Nothing is walked yet")
-        + ", ".join(f"∂{k} = {v}" for k, v in grads.items() if step)
+        + ", ".join(f"∂{k} = {sum(v)}" for k, v in shares.items() if step)
         + ".",
         640,
     )
@@ -236,17 +246,22 @@ def tape(step=None):
             if name in walked:
                 width = 7 if name == walked[-1] else 3
                 d.arrow(end, start, colour=RED, width=width, dashed=True)
-                share = f"{grads[name]} × {factor} = {grads[name] * factor}"
-                d.text(*middle, share, 22, colour=RED, bold=width == 7, halo=True)
+                share = f"{sum(shares[name])} × {factor}"
+                d.text(*middle, share, 24, colour=RED, bold=width == 7, halo=True)
             else:
                 d.arrow(start, end, colour=GREY)
                 d.text(*middle, f"× {local}", 22, colour=GREY, halo=True)
     for name, (words, value, (x, y), _) in WALK.items():
         look = "lit" if walked and name == walked[-1] else "done" if name in walked else "data"
-        grad = f"∂ = {grads[name]}" if step and name in grads else "∂ = ?"
+        here = shares.get(name, "?") if step else "?"
+        grad = "∂ = " + (str(sum(here)) if name in walked else " + ".join(map(str, here)))
         d.box(x, y, 190, 130, f"{words}\n= {value}\n{grad}", look, 26)
         if name in walked:
             d.text(x + 95, y - 20, f"{walked.index(name) + 1}.", 22, bold=True)
+    d.text(905, 440, "A share is the gradient that arrives\ntimes the edge's own derivative.", 24)
+    if step == len(WALK):
+        d.text(905, 520, "a is used twice: its shares add up.", 24)
+    d.key(615, ("data", "waits"), ("lit", "is walked"), ("done", "was walked"), ("", "share"))
     return d
 
 
@@ -294,10 +309,16 @@ def adapter():
         "down, GELU and up, and both are added before the stream takes them. In parallel: down "
         "takes what attention or the MLP takes. The norms train with Houlsby's adapters only.",
     )
-    for y, series in ((140, True), (445, False)):
+    wirings = (140, "in series: after both branches (Houlsby), or the MLP's (Pfeiffer)"), (445, "")
+    for y, series in wirings:
         row, low = y + 85, y + 180  # the branch, and the adapter under it
-        d.text(40, y - 40, "in series (Houlsby, Pfeiffer)" if series else "in parallel (He)", 24,
-               "start", bold=True)  # fmt: skip
+        d.text(
+            40,
+            y - 38,
+            series or "in parallel: down reads what attention reads (He et al.)",
+            24,
+            "start",
+        )
         d.arrow((40, y), (1250, y), width=6)
         d.arrow((85, y), (85, row), (120, row))
         d.box(120, row - 30, 110, 60, "norm", "trained" if series else "frozen")
@@ -308,6 +329,7 @@ def adapter():
         start = 540 if series else 260
         d.arrow((start, row), (start, low), (600, low))
         d.funnel(600, low, 120, 90, 40, "down")
+        d.text(810, low - 46, "r wide", 20, colour=GREY)
         d.arrow((720, low), (760, low))
         d.box(760, low - 25, 100, 50, "GELU", "data")
         d.arrow((860, low), (900, low))
@@ -354,7 +376,7 @@ def sub(i):
 # ------------------------------------------------------------------ compression
 
 
-def gptq(weights=(1.4, 0.6, -1.3, 2.4), correlation=0.7):
+def gptq(weights=(1.4, 0.4, -1.6, 2.4), correlation=0.8):
     """A row of weights, rounded one after another; each error moves to those on the right.
 
     Args:
@@ -379,49 +401,58 @@ def gptq(weights=(1.4, 0.6, -1.3, 2.4), correlation=0.7):
         f"rounding {losses[0]:.2f}, GPTQ {losses[1]:.2f}.",
     )
     for i, row in enumerate(rows):
-        y = 85 + 112 * i
+        y = 90 + 114 * i
         d.text(40, y + 30, f"w{sub(i)} rounded" if i else "start", 24, "start")
         for j, x in enumerate(row):
             look = "lit" if j == i else "frozen" if j < i else "data"
-            d.box(250 + 170 * j, y, 130, 60, f"{x:.0f}" if j < i else f"{x:.2f}", look, 26)
+            words = (f"{x:.0f}" if j < i else f"{x:.2f}").replace("-", "−")
+            d.box(220 + 180 * j, y, 130, 60, words, look, 26)
             if j > i:
-                d.arrow((315 + 170 * i, y + 60), (315 + 170 * j, y + 112), colour=RED, dashed=True)
-    d.text(1110, 160, "error of the output", 24, bold=True)
+                start, end = 285 + 180 * i + 14 * (j - i - 1), 275 + 180 * j
+                d.arrow((start, y + 62), (end, y + 112), colour=RED, dashed=True)
+    d.text(990, 160, "error of the output", 24, "start", bold=True)
     for y, words, loss in ((210, "plain rounding", losses[0]), (310, "GPTQ", losses[1])):
         d.text(990, y, words, 24, "start")
-        d.box(990, y + 22, 180 * loss / max(losses), 36, look="done" if y == 210 else "lit")
-        d.text(1000 + 180 * loss / max(losses), y + 40, f"{loss:.2f}", 24, "start")
-    d.key(680, ("lit", "next"), ("data", "waits"), ("frozen", "rounded, stays"), ("", "error"))
+        d.box(990, y + 22, 170 * loss / max(losses), 36, look="done" if y == 210 else "lit")
+        d.text(1002 + 170 * loss / max(losses), y + 40, f"{loss:.2f}", 24, "start")
+    d.text(
+        990,
+        480,
+        "Each error moves on to\nthe weights that wait,\nas far as their inputs\nare alike.",
+        22,
+        "start",
+    )
+    d.key(690, ("lit", "next"), ("data", "waits"), ("frozen", "rounded, stays"), ("", "error"))
     return d
 
 
 def low_rank(d_out=64, d_in=64, r=4):
     """W and its update as boxes, drawn to scale, with their numbers counted."""
-    full, small, side = d_out * d_in, r * (d_out + d_in), 330 / max(d_out, d_in)
+    full, small, side = d_out * d_in, r * (d_out + d_in), 390 / (max(d_out, d_in) + r)
     h, w, thin = d_out * side, d_in * side, max(10, r * side)
     d = Drawing(
         f"An update of rank {r} is two thin matrices",
         f"W, a box of {d_out} by {d_in}, {full:,} numbers, plus α/r times B, {d_out} by {r}, "
         f"times A, {r} by {d_in}: {small:,} numbers together.",
-        620,
+        690,
     )
-    y = 290  # the middle
-    d.box(60, y - h / 2, w, h, "W", "frozen", 44)
-    d.text(60 + w / 2, y + h / 2 + 34, f"{d_out} × {d_in} = {full:,}", 26)
-    x = 60 + w
-    d.text(x + 80, y, "+ α/r ·", 38)
-    d.box(x + 170, y - h / 2, thin, h, look="trained")
-    d.text(x + 170 + thin / 2, y - h / 2 - 26, "B", 34, bold=True)
-    d.text(x + 170 + thin / 2, y + h / 2 + 34, f"{d_out} × {r}", 26)
-    x += 170 + thin
-    d.text(x + 40, y, "·", 44, bold=True)
-    d.box(x + 80, y - thin / 2, w, thin, look="trained")
-    d.text(x + 80 + w / 2, y - thin / 2 - 30, "A", 34, bold=True)
-    d.text(x + 80 + w / 2, y + thin / 2 + 34, f"{r} × {d_in}", 26)
-    told = f"{r} · ({d_out} + {d_in}) = {small:,} numbers: {100 * small / full:.3g}% of W"
-    d.text(640, 540, told, 28, bold=True)
-    limit = d_out * d_in / (d_out + d_in)
-    d.text(640, 585, f"As many as W at r = d k / (d + k) = {limit:.3g}", 24, colour=GREY)
+    top, left = 118 + thin, 565 - w - thin / 2 - 90  # of the large boxes
+    d.box(left, top, w, h, "W", "frozen", 40)
+    d.text(left + w / 2, top + h + 30, f"{d_out} × {d_in} = {full:,}", 24)
+    d.text(left + w + 80, top + h / 2, "+ α/r ·", 36)
+    x = left + w + 165  # of B
+    d.box(x, top, thin, h, look="trained")
+    d.text(x + thin / 2, top + h + 30, f"B: {d_out} × {r}", 24, bold=True)
+    x += thin + 24
+    d.box(x, top, w, h, "ΔW = B A", "group", 30)
+    d.box(x, top - 24 - thin, w, thin, look="trained")
+    d.text(x + w + 24, top - 24 - thin / 2, f"A: {r} × {d_in}", 24, "start", bold=True)
+    d.text(x + w + 24, top + h / 2, "not stored", 24, "start", GREY)
+    told = f"{r} · ({d_out} + {d_in}) = {small:,} numbers train: {100 * small / full:.3g}% of W"
+    d.text(640, 615, told, 28, bold=True)
+    limit = full / (d_out + d_in)
+    words = f"as many as W at r = d_out · d_in / (d_out + d_in) = {limit:.3g}"
+    d.text(640, 660, words, 24, colour=GREY)
     return d
 
 
@@ -439,23 +470,38 @@ def gather(names=("sort", None, "reverse", "sort")):
         f"Samples ask for {', '.join(n or 'none' for n in names)}. One product with W serves all. "
         f"From a store of {len(known)} pairs A and B, where pair 0 is zeros, each sample gathers "
         f"its own; both results are added.",
+        220 + 100 * len(names) + 65,
     )
-    d.box(60, 80, 1160, 76, "W x for the whole batch: one product, frozen", "frozen", 26)
-    for x, words in (110, "batch"), (250, "which"), (520, "store"), (900, "gathered"), (1165, "out"):
-        d.text(x, 205, words, 24, bold=True)
-    tops = [250 + 100 * i for i in range(len(names))]
-    places = [250 + 100 * i + 50 * (len(names) - len(known)) for i in range(len(known))]
+    for x, words in (
+        (110, "batch"),
+        (250, "which"),
+        (510, "store"),
+        (885, "gathered"),
+        (1165, "out"),
+    ):
+        d.text(x, 105, words, 24, bold=True)
+    tops = [150 + 100 * i for i in range(len(names))]
+    places = [150 + 100 * i + 50 * (len(names) - len(known)) for i in range(len(known))]
+    bottom = tops[-1] + 85
+    for x in (45, 1095):
+        d.box(x, 135, 140, bottom - 135, look="group")
     for k, y in enumerate(places):
-        d.box(390, y, 260, 70, look="group")
-        d.text(415, y + 35, f"{k}", 26, bold=True)
-        d.text(450, y + 35, say[k], 22, "start")
+        d.box(360, y, 300, 70, look="trained" if k else "frozen")
+        d.text(380, y + 35, f"{k}  {say[k]}", 24, "start")
+        d.text(640, y + 35, f"B{sub(k)} A{sub(k)}", 26, "end", bold=True)
     for i, (y, k) in enumerate(zip(tops, which, strict=True)):
-        d.arrow((650, places[k] + 35), (780, y + 35), colour=[GREY, BLUE, RED, "#007A5A"][k % 4])
-        d.box(60, y, 100, 70, f"x{sub(i + 1)}", "data", 28)
+        colour = [GREY, BLUE, RED, "#007A5A", "#1A1A1A"][k]
+        d.arrow((662, places[k] + 35), (780, y + 35), colour=colour, width=4)
+        d.box(60, y, 110, 70, f"x{sub(i + 1)}", "data", 28)
+        d.arrow((170, y + 35), (220, y + 35))
         d.box(220, y + 10, 60, 50, f"{k}", "lit" if k else "frozen", 26)
-        d.arrow((160, y + 35), (220, y + 35))
-        d.box(780, y, 240, 70, f"B{sub(k)} A{sub(k)} x{sub(i + 1)}", "trained" if k else "frozen", 28)
-        d.arrow((1020, y + 35), (1110, y + 35))
+        d.box(
+            780, y, 210, 70, f"B{sub(k)} A{sub(k)} x{sub(i + 1)}", "trained" if k else "frozen", 28
+        )
+        d.arrow((990, y + 35), (1110, y + 35))
         d.box(1110, y, 110, 70, f"h{sub(i + 1)}", "data", 28)
-    d.text(640, 680, "h = W x + B[which] A[which] x", 28, bold=True)
+    d.box(220, bottom + 25, 780, 60, "W x: one product for the whole batch", "frozen", 26)
+    d.arrow((115, bottom), (115, bottom + 55), (220, bottom + 55))
+    d.arrow((1000, bottom + 55), (1165, bottom + 55), (1165, bottom))
+    d.text(640, bottom + 125, "h = W x + B[which] A[which] x", 28, bold=True)
     return d

@@ -44,7 +44,9 @@ class Drawing:
         look = f'font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
         look += ' font-weight="bold"' if bold else ""
         if halo:
-            look += ' stroke="#FFFFFF" stroke-width="9" paint-order="stroke"'
+            w, h = 0.56 * size * max(map(len, lines)) + 8, 1.2 * size * len(lines)
+            at = f'x="{n(x - w / 2)}" y="{n(y - h / 2)}" width="{n(w)}" height="{n(h)}"'
+            self.parts.append(f'<rect {at} fill="#FFFFFF"/>')
         for i, line in enumerate(lines):
             at = y + 1.2 * size * (i - (len(lines) - 1) / 2) + 0.35 * size
             self.parts.append(f'<text x="{n(x)}" y="{n(at)}" {look}>{escape(line)}</text>')
@@ -63,7 +65,12 @@ class Drawing:
     def funnel(self, x, y, w, left, right, words, look="trained", size=26):
         """A matrix between a side of `left` and a side of `right` units, about the height y."""
         fill, edge, width, ink = LOOKS[look]
-        corners = (x, y - left / 2), (x + w, y - right / 2), (x + w, y + right / 2), (x, y + left / 2)
+        corners = (
+            (x, y - left / 2),
+            (x + w, y - right / 2),
+            (x + w, y + right / 2),
+            (x, y + left / 2),
+        )
         self.shape(corners, f'fill="{fill}" stroke="{edge}" stroke-width="{width}"')
         self.text(x + w / 2, y, words, size, colour=ink, bold=True)
 
@@ -82,7 +89,8 @@ class Drawing:
         dash = ' stroke-dasharray="9 7"' if dashed else ""
         line = " ".join(f"{n(a)},{n(b)}" for a, b in points)
         self.parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>'
+            f'<polyline points="{line}" fill="none" stroke="{colour}" '
+            f'stroke-width="{width}"{dash}/>'
         )
         if head:
             (a, b), half = points[-1], size / 2

@@ -5,7 +5,7 @@ from html import escape
 import numpy as np
 
 from .diagrams import WALK, tape
-from .drawing import BLUE, GREY, Drawing
+from .drawing import GREY, Drawing
 
 # Each control finds its own stepper, so that many can stand on one page and no name is global.
 GO = (
@@ -34,10 +34,12 @@ class Stepper:
         ]
         head, *rows = self.table
         cell = f'style="{LIGHT};padding:2px 12px;text-align:left"'
-        lines = ["".join(f"<th scope=\"col\" {cell}>{escape(str(c))}</th>" for c in head)]
+        lines = ["".join(f'<th scope="col" {cell}>{escape(str(c))}</th>' for c in head)]
         lines += ["".join(f"<td {cell}>{escape(str(c))}</td>" for c in row) for row in rows]
         table = "\n".join(f'<tr style="{LIGHT}">{line}</tr>' for line in lines)
-        button = '<button type="button" style="font-size:1em;padding:4px 14px" onclick="{}">{}</button>'
+        button = (
+            '<button type="button" style="font-size:1em;padding:4px 14px" onclick="{}">{}</button>'
+        )
         return "\n".join(
             [
                 f'<div class="stepper" role="group" aria-label="{escape(alt or self.alt)}" '
@@ -78,7 +80,9 @@ def stepper(frames, captions, table, alt):
         ValueError: if there is not one caption a frame.
     """
     if len(frames) != len(captions) or not frames:
-        raise ValueError(f"captions has {len(captions)}; expected one for each of {len(frames)} frames")
+        raise ValueError(
+            f"captions has {len(captions)}; expected one for each of {len(frames)} frames"
+        )
     return Stepper(list(frames), list(captions), list(table), alt)
 
 
@@ -111,7 +115,7 @@ def picture(size=32):
     image[y > 18 + (x - 25) ** 2 / 30] = -0.6
     image[y > 27] = -0.85
     image[(abs(x - 15) < 4) & (y > 20) & (y < 28)] = 0.45  # the house
-    image[(abs(x - 15) < 20 - y + 1) & (y > 14) & (y <= 20)] = 0.8  # its roof
+    image[(abs(x - 15) < 0.9 * (y - 14)) & (y > 14) & (y <= 20)] = 0.8  # its roof
     image[(abs(x - 15) < 1.2) & (y > 23) & (y < 28)] = -0.9  # its door
     return image
 
@@ -133,10 +137,10 @@ def rank_steps(matrix=None, ranks=(1, 2, 4, 8, 16), alpha=8):
     for r in ranks:
         best = (u[:, :r] * s[:r]) @ vt[:r]  # (rows, r) @ (r, cols)
         share = 100 * (s[:r] ** 2).sum() / (s**2).sum()
-        told = f"{r * (rows + cols):,} numbers of {rows * cols:,}"
+        told = f"{r * (rows + cols):,} numbers"
         d = Drawing(
             f"An update of rank {r}",
-            f"The best B A of rank {r} beside the update that it should be: {told}, "
+            f"The best B A of rank {r} beside the {rows * cols:,} that it should be: {told}, "
             f"{share:.1f}% of the squares. α/r is {alpha / r:.3g}.",
             600,
         )
@@ -144,10 +148,11 @@ def rank_steps(matrix=None, ranks=(1, 2, 4, 8, 16), alpha=8):
         d.heat(460, 110, 360, matrix, top)
         d.text(220, 500, f"B A,  r = {r}", 26, bold=True)
         d.text(220, 540, told, 22)
+        d.text(220, 570, f"{share:.1f}% of the squares reached", 22)
         d.text(640, 500, "what it should be", 26, bold=True)
-        d.text(640, 540, f"{share:.1f}% of the squares reached", 22)
-        d.text(1060, 110, f"size of the update at α = {alpha}", 24, bold=True)
-        d.text(1060, 142, "A and B with entries of size 1", 20, colour=GREY)
+        d.text(640, 540, f"{rows * cols:,} numbers", 22)
+        d.text(1060, 110, f"size of an entry at α = {alpha}", 24, bold=True)
+        d.text(1060, 142, "A and B random, of size 1", 20, colour=GREY)
         for i, (name, size) in enumerate((("α/r · B A", r**-0.5), ("α/√r · B A", 1.0))):
             y = 205 + 150 * i
             d.text(900, y, name, 24, "start")
@@ -162,42 +167,45 @@ def rank_steps(matrix=None, ranks=(1, 2, 4, 8, 16), alpha=8):
     return stepper(frames, captions, table, "An update of growing rank, drawn as a picture.")
 
 
-def compress_steps(matrix=None, plan=((0, 8), (50, 4), (75, 3), (90, 2), (95, 1))):
+def compress_steps(matrix=None, plan=((0, 8), (50, 5), (62, 4), (75, 3), (88, 2))):
     """A picture pruned, and beside it the same picture in fewer bits.
 
     Args:
         matrix: up to 48 × 48; `picture()` if not given.
-        plan: (percent of the numbers set to zero, bits of each number) for each frame.
+        plan: (percent of the numbers set to zero, bits of each number) for each frame; as given,
+            both sides take about as many bytes.
 
-    Pruning drops the smallest; the levels are evenly spaced from the least number to the greatest.
+    Pruning drops the smallest and keeps 8 bits of the others, with a mask of 1 bit a number. The
+    levels are evenly spaced from the least number to the greatest.
     """
     matrix = picture() if matrix is None else np.asarray(matrix, float)
     top, low, high = np.abs(matrix).max(), matrix.min(), matrix.max()
-    frames, captions = [], []
-    table = [("zeros", "error when pruned", "bits", "error when rounded")]
-    for percent, bits in plan:
-        cut, order = matrix.copy(), np.argsort(np.abs(matrix), axis=None, kind="stable")
-        cut.flat[order[: matrix.size * percent // 100]] = 0
+    order = np.argsort(np.abs(matrix), axis=None, kind="stable")
+
+    def rounded(bits):
         step = (high - low) / (2**bits - 1)
-        coarse = low + step * np.rint((matrix - low) / step)
+        return low + step * np.rint((matrix - low) / step)
+
+    frames, captions = [], []
+    table = [("zeros", "bits a number", "error", "bits, all kept", "error")]
+    for percent, bits in plan:
+        cut, coarse = rounded(8), rounded(bits)
+        cut.flat[order[: matrix.size * percent // 100]] = 0
         lost = [100 * ((m - matrix) ** 2).sum() / (matrix**2).sum() for m in (cut, coarse)]
-        d = Drawing(
-            "Fewer numbers, or fewer bits for each",
-            f"Left: {percent}% of the numbers are zero, error {lost[0]:.2f}%. Right: {bits} bits "
-            f"a number, error {lost[1]:.2f}%.",
-            640,
+        size = f"{0.08 * (100 - percent) + bool(percent):.1f}"
+        told = (
+            f"With {percent}% at zero: {size} bits a number, error {lost[0]:.2f}%. "
+            f"With all numbers kept in {bits} bits: error {lost[1]:.2f}%."
         )
+        d = Drawing("Fewer numbers, or fewer bits for each", told, 640)
         for x, m, words, error in (
-            (130, cut, f"{percent}% pruned", lost[0]),
-            (730, coarse, f"{bits} bits: {2**bits} levels", lost[1]),
+            (130, cut, f"{percent}% pruned: {size} bits a number", lost[0]),
+            (730, coarse, f"all kept: {bits} bits a number", lost[1]),
         ):
             d.heat(x, 90, 420, m, top)
             d.text(x + 210, 550, words, 26, bold=True)
-            d.text(x + 210, 590, f"error {error:.2f}% of the squares", 22, colour=BLUE)
+            d.text(x + 210, 592, f"error {error:.2f}% of the squares", 24)
         frames.append(d)
-        captions.append(
-            f"With {percent}% of the numbers at zero the error is {lost[0]:.2f}%; "
-            f"with {bits} bits for each number it is {lost[1]:.2f}%."
-        )
-        table.append((f"{percent}%", f"{lost[0]:.2f}%", bits, f"{lost[1]:.2f}%"))
+        captions.append(told)
+        table.append((f"{percent}%", size, f"{lost[0]:.2f}%", bits, f"{lost[1]:.2f}%"))
     return stepper(frames, captions, table, "A picture pruned, and rounded to few bits.")
