@@ -207,7 +207,7 @@ def faults(svg):
     root, rects, words, segments, ground = ElementTree.fromstring(svg), [], [], [], None
     height = float(root.get("viewBox").split()[3])
     for item in root:
-        at, kind = {k: v for k, v in item.attrib.items()}, item.tag.rpartition("}")[2]
+        at, kind = item.attrib, item.tag.rpartition("}")[2]
         if kind == "rect":
             x, y, w, h = (
                 (float(at[k]) for k in ("x", "y", "width", "height")) if "x" in at else 4 * (0,)
