@@ -87,8 +87,9 @@ def convert(parser, path, *options):
     quiet = os.environ | {"MINILORA_GUESSES": ""}  # nobody's predictions get into an edition
     done = subprocess.run(command, env=quiet, capture_output=True, encoding="utf-8")
     if done.returncode:
-        why = [line for line in done.stderr.splitlines() if line.strip()] or ["nbconvert failed"]
-        parser.error(f"{path.name}: {re.sub(chr(27) + r'[[][0-9;]*m', '', why[-1])}")
+        plain = re.sub("\x1b\\[[0-9;]*m", "", done.stderr)  # without its colours
+        why = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|No module).*", plain, re.M)
+        parser.error(f"{path.name}: {why[-1] if why else plain.strip()[-200:]}")
 
 
 def build(parser, path, folder):
@@ -131,6 +132,8 @@ def main(args=None):
         for path in masters:
             if path.name.startswith(tuple(args.only)):
                 build(parser, path, args.folder)
+    except (ValueError, KeyError) as error:
+        parser.error(f"{path.name} is no notebook: {error}")
     except OSError as error:
         parser.error(f"cannot write to {str(args.folder)!r}: {error.strerror or error}")
 

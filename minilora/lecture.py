@@ -159,7 +159,7 @@ def _leaves(x, where=""):
         x = dict(enumerate(x))
     if isinstance(x, dict):
         for key, value in x.items():
-            yield from _leaves(value, f"{where}[{key!r}]")
+            yield from _leaves(value, f"{where}[{key}]" if where else str(key))
     else:
         yield where, np.asarray(x.data if isinstance(x, Tensor) else x)
 
@@ -169,7 +169,7 @@ def _difference(got, want):
     if set(got) != set(want):
         return f"it returns {len(got)} values; expected {len(want)}"
     for place, right in want.items():
-        mine, named = got[place], f"{place} " if place else ""
+        mine, named = got[place], f"{place}: " if place else ""
         if mine.shape != right.shape:
             return f"{named}the shape is {mine.shape}; expected {right.shape}"
         if right.dtype.kind not in "biuf" or mine.dtype.kind not in "biuf":
@@ -181,6 +181,8 @@ def _difference(got, want):
         off = np.where(same, 0, np.abs(np.where(same, 0, mine) - np.where(same, 0, right)))
         off = np.where(np.isnan(off), np.inf, off)
         far = off > 1e-6 * np.abs(right[np.isfinite(right)]).max(initial=0)
+        if far.any() and not far.ndim:
+            return f"{named}it is off by {off.max():.2g}"
         if far.any():
             at = [int(i) for i in np.unravel_index(off.argmax(), off.shape)]
             return (

@@ -1,12 +1,14 @@
 """What the notebooks lean on: predictions, answers, safe numbers, figures with a text."""
 
+import json
 import math
+import os
 
 import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from minilora import Prediction, check, number, plots, show
+from minilora import Linear, Prediction, Tensor, check, digest, gap, number, plots, show
 
 # ------------------------------------------------------------------ number
 
@@ -71,32 +73,188 @@ def test_digits_run_from_one_to_four(digits):
 # ------------------------------------------------------------------ Prediction
 
 
-def test_a_prediction_is_told_before_and_compared_after(capsys):
-    guess = Prediction("rank that suffices", 4)
-    assert capsys.readouterr().out == "I predict: rank that suffices = 4\n"
-    guess.score(1)
-    assert capsys.readouterr().out == "rank that suffices: predicted 4, it is 1.\n"
-    guess.score(4)
-    assert capsys.readouterr().out == "rank that suffices: predicted 4, as it is.\n"
+@pytest.fixture
+def says(capsys):
+    """What has been printed since it was last asked."""
+    return lambda: capsys.readouterr().out
 
 
-@pytest.mark.parametrize("result", [1 / 3, np.float64(1 / 3), np.float32(1 / 3)])
-def test_a_result_that_is_a_float_is_printed_safely(capsys, result):
-    guess = Prediction("share", 0.5)
-    guess.score(result)
-    guess.score(result, digits=2)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "share: predicted 0.5, it is 0.333.",
-        "share: predicted 0.5, it is 0.33.",
-    ]
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The file in which a reader's guesses are kept; the tests otherwise keep none."""
+    monkeypatch.setenv("MINILORA_GUESSES", str(tmp_path / "guesses.json"))
+    return tmp_path / "guesses.json"
+
+
+def test_a_prediction_waits_and_gives_nothing_away(says):
+    guess = Prediction("rank that suffices")
+    assert "rank that suffices: your guess goes in" in says()
+    guess.score(3)
+    assert says() == "rank that suffices: no prediction yet; it is 3.\n"
+    guess.score(1 / 3, digits=2)
+    assert says() == "rank that suffices: no prediction yet; it is 0.33.\n"
+
+
+@pytest.mark.parametrize(
+    "guess, result, told",
+    [
+        (4, 4, "predicted 4, as it is."),
+        (4, 4.0, "predicted 4, as it is."),
+        (4, 1, "predicted 4, it is 1: 4 times too high."),
+        (10, 104256, "predicted 10, it is 104,256: 1.04e+04 times too low."),
+        (0.5, np.float32(0.4), "predicted 0.5, it is 0.400: too high by 25%."),
+        (3, np.int64(4), "predicted 3, it is 4: too low by 25%."),
+        (-1, 2, "predicted -1, it is 2: too low by 3."),
+        (1, 0, "predicted 1, it is 0: too high by 1."),
+        ("A", "B", "predicted A, it is B."),
+        (" b", "B", "predicted  b, as it is."),
+        (True, False, "predicted True, it is False."),
+        ((0, 1), [0, 1], "predicted [0, 1], as it is."),
+        ("4", 5, "predicted 4, it is 5."),
+    ],
+)
+def test_a_guess_is_told_before_and_how_far_off_it_was_after(says, guess, result, told):
+    prediction = Prediction("it", guess)
+    assert says().startswith("I predict: it = ")
+    prediction.score(result)
+    assert says() == f"it: {told}\n"
+
+
+def test_a_result_near_a_rounding_boundary_is_refused():
     with pytest.raises(ValueError, match="boundary"):
-        guess.score(type(result)(0.125), digits=2)
+        Prediction("share", 0.5).score(0.125, digits=2)
 
 
-def test_a_result_may_be_a_word(capsys):
-    Prediction("which falls first", "the loss").score("the accuracy")
-    told = capsys.readouterr().out.splitlines()[1]
-    assert told == "which falls first: predicted the loss, it is the accuracy."
+def test_the_first_guess_that_met_its_result_is_kept(says, kept):
+    Prediction("it", 5)  # corrected before the result is out
+    Prediction("it", 4).score(1)
+    says()
+    Prediction("it", 1).score(1)
+    assert says().endswith("it: predicted 4 at first (now 1), it is 1: 4 times too high.\n")
+    Prediction("it").score(1)  # the notebook, fetched anew
+    assert says() == "I predict: it = 4\nit: predicted 4, it is 1: 4 times too high.\n"
+    Prediction("another").score(1)
+    assert "no prediction yet" in says()
+    Prediction.forget()
+    assert not kept.exists()
+    Prediction.forget()
+    Prediction("it").score(1)
+    assert "no prediction yet" in says()
+
+
+def test_where_no_guess_can_be_kept_all_runs_on(says, kept):
+    kept.mkdir()
+    Prediction("it", 4).score(1)
+    Prediction("it", 3).score(1)
+    assert says().endswith("it: predicted 3, it is 1: 3 times too high.\n")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+def test_a_file_that_holds_no_guesses_is_written_anew(says, kept, text):
+    kept.write_bytes(text.encode("latin-1"))
+    Prediction("it", 4).score(1)
+    assert json.loads(kept.read_text("utf-8")) == {"it": 4}
+
+
+def test_tests_keep_no_guess():
+    assert os.environ["MINILORA_GUESSES"] == ""
+
+
+# ------------------------------------------------------------------ gap
+
+X = np.arange(6.0).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    "mine, told",
+    [
+        (lambda x: x + x, "Right."),
+        (lambda x: Tensor(x + x * (1 + 1e-9)), "Right."),
+        (lambda x: None, "No answer yet: your lines go in place of the dots"),
+        (lambda x: x.T, "Not yet: the shape is (3, 2); expected (2, 3). Hint: add."),
+        (
+            lambda x: x + x - (x == 4),
+            "Not yet: 1 of 6 numbers differ; the largest difference is 1, at [1, 1]. Hint: add.",
+        ),
+        (lambda x: x * np.nan, "Not yet: 6 of 6 numbers differ; the largest difference is inf"),
+        (lambda x: [x, x], "Not yet: it returns 2 values; expected 1"),
+        (lambda x: x.no, "Not yet: AttributeError: 'numpy.ndarray' object has no attribute 'no'"),
+        (lambda x: "word", "Not yet: the shape is (); expected (2, 3)"),
+    ],
+)
+def test_a_gap_says_what_is_off_and_gives_the_function_to_go_on_with(says, mine, told):
+    def right(x):
+        return x + x
+
+    found = gap(mine, right, lambda f: f(X), "add.")
+    assert says().startswith(told)
+    assert found is (mine if told == "Right." else right)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda f: f(X).sum(),
+        lambda f: {"sum": [f(X).sum()], "word": "same"},
+        lambda f: (f(X) > 4, [np.inf, np.nan, -np.inf]),
+        lambda f: Linear(3, 2, rng=np.random.default_rng(int(f(X).sum()))),
+    ],
+)
+def test_a_gap_compares_whatever_use_makes_of_it(says, use):
+    assert gap(np.positive, np.positive, use) is np.positive
+    assert gap(np.negative, np.abs, use) is np.abs
+    assert gap(lambda x: None, np.abs, use) is np.abs  # whatever becomes of the None
+    first, second, _, third, _ = says().splitlines()
+    assert first == "Right." and second.startswith("Not yet: ")
+    assert third.startswith("No answer yet")
+
+
+def test_a_single_value_is_named_and_told_by_how_much(says):
+    gap(lambda: 1.0, lambda: 3.0, lambda f: {"loss": f()})
+    gap(lambda: "a", lambda: "b", lambda f: {"word": f()})
+    told = says()
+    assert "Not yet: loss: it is off by 2.\n" in told
+    assert "Not yet: word: it is a; expected something else.\n" in told
+
+
+def test_what_nbgrader_leaves_is_no_answer_yet(says):
+    def mine():
+        raise NotImplementedError
+
+    gap(mine, int, lambda f: f())
+    assert says().startswith("No answer yet")
+
+
+def test_an_error_of_the_author_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        gap(int, int, lambda f: 1 / f())
+
+
+# ------------------------------------------------------------------ digest
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (3, 3.0),
+        (3, np.int64(3)),
+        ("B", " b "),
+        (1 / 3, 0.333333),
+        (1 / 3, 0.333),
+        ([1, "q"], (1.0, "Q")),
+        (np.arange(3), [0, 1, 2]),
+    ],
+)
+def test_the_same_answer_has_the_same_digest(one, other):
+    assert digest(one) == digest(other)
+    assert len(digest(one)) == 8
+
+
+def test_other_answers_have_other_digests():
+    answers = [3, 4, 2560, 2561, 0.333, 0.334, "A", "B", True, [1, 2], [2, 1], 12]
+    assert len({digest(answer) for answer in answers}) == len(answers)
+    with pytest.raises(ValueError, match="boundary"):
+        digest(0.1235)
 
 
 # ------------------------------------------------------------------ check
@@ -118,6 +276,15 @@ def test_a_result_may_be_a_word(capsys):
 def test_a_student_is_told_whether_the_answer_is_right(capsys, answer, told):
     check(answer, lambda n: n + 0 == 4, "count the rows.")
     assert capsys.readouterr().out == told + "\n"
+
+
+@pytest.mark.parametrize(
+    "answer, told",
+    [(None, "No answer yet"), (4, "Right."), (4.0, "Right."), (5, "Not yet."), ([4], "Not yet.")],
+)
+def test_an_answer_may_be_checked_by_its_digest(capsys, answer, told):
+    check(answer, digest(4), "count the rows.")
+    assert capsys.readouterr().out.startswith(told)
 
 
 # ------------------------------------------------------------------ show
