@@ -93,9 +93,9 @@ def walk():
     table, grads = [("step", "node", "its gradient", "what it hands on")], {"loss": 1}
     for i, (name, (_, _, _, edges)) in enumerate(WALK.items(), 1):
         g, shares = grads[name], []
-        for parent, local, factor in edges:
+        for parent, _, factor in edges:
             grads[parent] = grads.get(parent, 0) + g * factor
-            shares.append(f"{g} × ({local}) = {g * factor} to {parent}")
+            shares.append(f"{g} × {factor} = {g * factor} to {parent}")
         told = " and ".join(shares) or "nothing: a leaf keeps its gradient"
         captions.append(f"Node {name} has ∂ = {g}. It hands on {told}.")
         table.append((i, name, g, told))
