@@ -26,11 +26,12 @@ class Stepper:
     def html(self, alt=None):
         """The stepper as one string of HTML; without scripts its first frame and table remain."""
         n = len(self.frames)
+        sheets = [frame.svg().replace("\n", "") for frame in self.frames]  # a line each
         figures = [
-            f'<figure style="margin:0{";display:none" if i else ""}">{frame.svg()}'
+            f'<figure style="margin:0{";display:none" if i else ""}">{svg}'
             f'<figcaption style="min-height:3em"><b>Step {i + 1} of {n}.</b> {escape(caption)}'
             f"</figcaption></figure>"
-            for i, (frame, caption) in enumerate(zip(self.frames, self.captions, strict=True))
+            for i, (svg, caption) in enumerate(zip(sheets, self.captions, strict=True))
         ]
         head, *rows = self.table
         cell = f'style="{LIGHT};padding:2px 12px;text-align:left"'
