@@ -418,6 +418,7 @@ def test_a_prefix_is_seen_by_every_query():
 def test_a_stepper_is_light_well_formed_and_the_same_each_time(make):
     html = make().html()
     assert html == make().html() and len(html.encode()) < 300_000
+    assert len(html.splitlines()) <= 60  # as for every output
     assert not re.search(r"\bid=|https?://(?!www.w3.org)|<script", html)
     root = ElementTree.fromstring(html)  # it happens to be XML too, so nothing is left open
     figures = list(root.iter("figure"))

@@ -2,17 +2,6 @@
 
 from .charts import COLOURS, MARKERS, accuracy, fan, heat, losses, new, spectra
 from .drawing import Drawing
-from .diagrams import (
-    adapter,
-    attention,
-    block,
-    bypass,
-    gather,
-    gptq,
-    low_rank,
-    memory,
-    methods,
-    prefix,
-    tape,
-)
+from .diagrams import attention, block, bypass, gather, low_rank, memory, methods, prefix, tape
+from .diagrams import adapter, gptq
 from .stepper import Stepper, compress_steps, picture, rank_steps, stepper, walk

@@ -1,4 +1,4 @@
-"""The figures that several notebooks share: large, calm, safe for the colour-blind."""
+"""Charts that several notebooks share: large, calm, safe for the colour-blind."""
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -26,11 +26,12 @@ class Stepper:
     def html(self, alt=None):
         """The stepper as one string of HTML; without scripts its first frame and table remain."""
         n = len(self.frames)
+        sheets = [frame.svg().replace("\n", "") for frame in self.frames]  # a line each
         figures = [
-            f'<figure style="margin:0{";display:none" if i else ""}">{frame.svg()}'
+            f'<figure style="margin:0{";display:none" if i else ""}">{svg}'
             f'<figcaption style="min-height:3em"><b>Step {i + 1} of {n}.</b> {escape(caption)}'
             f"</figcaption></figure>"
-            for i, (frame, caption) in enumerate(zip(self.frames, self.captions, strict=True))
+            for i, (svg, caption) in enumerate(zip(sheets, self.captions, strict=True))
         ]
         head, *rows = self.table
         cell = f'style="{LIGHT};padding:2px 12px;text-align:left"'
@@ -93,9 +94,9 @@ def walk():
     table, grads = [("step", "node", "its gradient", "what it hands on")], {"loss": 1}
     for i, (name, (_, _, _, edges)) in enumerate(WALK.items(), 1):
         g, shares = grads[name], []
-        for parent, local, factor in edges:
+        for parent, _, factor in edges:
             grads[parent] = grads.get(parent, 0) + g * factor
-            shares.append(f"{g} × ({local}) = {g * factor} to {parent}")
+            shares.append(f"{g} × {factor} = {g * factor} to {parent}")
         told = " and ".join(shares) or "nothing: a leaf keeps its gradient"
         captions.append(f"Node {name} has ∂ = {g}. It hands on {told}.")
         table.append((i, name, g, told))
