@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Parameter, check_rng, normal
+from ..nn import Embedding, Linear, Parameter, check_rng
 from ..optim import AdamW
 from ..surgery import Wrapper, as_patterns, plain, wear
 from ..tensor import Tensor
@@ -50,7 +50,8 @@ class LoRA(Wrapper):
     def start(self, weight):
         """Make A and B for a base of this weight."""
         d_out, d_in = weight.shape
-        self.A = normal(self.rng, (self.r, d_in), d_in**-0.5, weight.dtype)
+        a = self.rng.standard_normal((self.r, d_in)) / d_in**0.5
+        self.A = Parameter(a.astype(weight.dtype))
         self.B = Parameter(np.zeros((d_out, self.r), weight.dtype))
 
     def fill(self, u, s, vt):
@@ -171,7 +172,8 @@ class LoRAEmbedding(LoRA):
             raise ValueError(f"dropout is {self.dropout}; expected 0 for a table")
         n, d = weight.shape
         self.A = Parameter(np.zeros((self.r, n), weight.dtype))
-        self.B = normal(self.rng, (d, self.r), self.r**-0.5, weight.dtype)
+        b = self.rng.standard_normal((d, self.r)) / self.r**0.5
+        self.B = Parameter(b.astype(weight.dtype))
 
     def delta(self):
         """The update that the bypass stands for, as an array (n, d)."""
