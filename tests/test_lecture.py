@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from minilora import Linear, Prediction, Tensor, check, digest, gap, number, show
+from minilora import Linear, Prediction, Tensor, check, digest, gap, number, plots, show
 
 # ------------------------------------------------------------------ number
 
@@ -307,7 +307,10 @@ def test_show_displays_a_png_with_its_text_and_closes_the_figure(shown):
     ((data, settings),) = shown
     assert data["image/png"].startswith(b"\x89PNG\r\n")
     assert data["text/plain"] == "Figure: a line that rises"
-    assert settings["raw"] and settings["metadata"] == {"image/png": {"alt": "a line that rises"}}
+    look = settings["metadata"]["image/png"]
+    assert settings["raw"] and look["alt"] == "a line that rises"
+    wide, high = (int.from_bytes(data["image/png"][i : i + 4], "big") for i in (16, 20))
+    assert (look["width"], look["height"]) == (wide * 96 // 144, high * 96 // 144)
     assert not pyplot.fignum_exists(fig.number)
 
 
@@ -321,3 +324,26 @@ def test_the_same_figure_gives_the_same_bytes_and_dpi_counts(shown):
     widths = [int.from_bytes(png[16:20], "big") for png in (first, large)]
     assert widths[1] == pytest.approx(2 * widths[0], abs=3)
     assert b"Software" not in first  # the version of matplotlib stays out of the file
+
+
+def test_a_figure_of_numbers_needs_words():
+    with pytest.raises(ValueError, match="alt is None; expected a sentence"):
+        show(pyplot.figure())
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_show_takes_a_drawing_with_its_own_words_or_with_others(shown, own):
+    drawing = plots.bypass()
+    show(*[drawing, "the bypass"][: 1 if own else 2])
+    ((data, settings),) = shown
+    words = drawing.alt if own else "the bypass"
+    assert data == {"image/svg+xml": drawing.svg(words), "text/plain": f"Figure: {words}"}
+    assert settings == {"raw": True} and f"<title>{words}</title>" in data["image/svg+xml"]
+
+
+def test_show_takes_a_stepper(shown):
+    show(plots.walk())
+    ((data, _),) = shown
+    assert data["text/html"].startswith('<div class="stepper"')
+    assert data["text/plain"].startswith("Figure: The backward walk")

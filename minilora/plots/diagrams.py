@@ -352,7 +352,7 @@ def prefix(m=2, tokens=4):
         f"those too; the rest is as it was.",
         620,
     )
-    side = min(84, 380 // tokens, 620 // (m + tokens))
+    side = min(84, 360 // tokens, 600 // (m + tokens))
     for left, learned, words in ((130, 0, "without"), (610, m, f"with a prefix of {m}")):
         d.text(left, 105, words, 24, "start", bold=True)
         for j in range(learned + tokens):
@@ -382,7 +382,7 @@ def gptq(weights=(1.4, 0.4, -1.6, 2.4), correlation=0.8):
     Args:
         weights: four of them, rounded to whole numbers. correlation: of any two inputs, 0 to 1.
 
-    Source: Frantar et al. 2023, arXiv 2210.17323, with U the upper factor of H⁻¹ = Uᵀ U.
+    Source: Frantar et al. 2022, arXiv 2210.17323, section 3, with U the upper factor of H⁻¹ = Uᵀ U.
     """
     w, n = np.array(weights, float), len(weights)
     h = np.full((n, n), float(correlation)) + (1 - correlation) * np.eye(n)
@@ -463,6 +463,7 @@ def gather(names=("sort", None, "reverse", "sort")):
         names: the adapter of each of up to four samples; `None` for the base alone.
     """
     known = [None, *dict.fromkeys(n for n in names if n)]
+    most = max(len(names), len(known))
     which = [known.index(n) for n in names]
     say = [n or "none: zeros" for n in known]
     d = Drawing(
@@ -470,7 +471,7 @@ def gather(names=("sort", None, "reverse", "sort")):
         f"Samples ask for {', '.join(n or 'none' for n in names)}. One product with W serves all. "
         f"From a store of {len(known)} pairs A and B, where pair 0 is zeros, each sample gathers "
         f"its own; both results are added.",
-        220 + 100 * len(names) + 65,
+        285 + 100 * most,
     )
     for x, words in (
         (110, "batch"),
@@ -480,9 +481,11 @@ def gather(names=("sort", None, "reverse", "sort")):
         (1165, "out"),
     ):
         d.text(x, 105, words, 24, bold=True)
-    tops = [150 + 100 * i for i in range(len(names))]
-    places = [150 + 100 * i + 50 * (len(names) - len(known)) for i in range(len(known))]
-    bottom = tops[-1] + 85
+    tops, places = (
+        [150 + 100 * i + 50 * (most - len(rows)) for i in range(len(rows))]
+        for rows in (names, known)
+    )
+    bottom = 135 + 100 * most
     for x in (45, 1095):
         d.box(x, 135, 140, bottom - 135, look="group")
     for k, y in enumerate(places):

@@ -90,7 +90,7 @@ class Drawing:
         line = " ".join(f"{n(a)},{n(b)}" for a, b in points)
         self.parts.append(
             f'<polyline points="{line}" fill="none" stroke="{colour}" '
-            f'stroke-width="{width}"{dash}/>'
+            f'stroke-width="{n(width)}"{dash}/>'
         )
         if head:
             (a, b), half = points[-1], size / 2
@@ -122,7 +122,7 @@ class Drawing:
         Each colour is one of 17, and runs of one colour are one stroke.
         """
         steps = np.clip(np.rint(8 * np.asarray(matrix) / top), -8, 8).astype(int)
-        scale = side / max(steps.shape)
+        scale = side // max(steps.shape)  # whole, so that no seam shows
         rows, cols = steps.shape
         strokes = {}
         for i, row in enumerate(steps.tolist()):

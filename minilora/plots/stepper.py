@@ -51,7 +51,7 @@ class Stepper:
                 '<div style="display:flex;gap:12px;align-items:center;margin:8px 0">',
                 button.format(MOVE.format("Down"), "◀ previous"),
                 f'<input type="range" min="1" max="{n}" value="1" aria-label="step" '
-                f'aria-valuetext="step 1 of {n}" style="flex:1" oninput="{GO}">',
+                f'aria-valuetext="step 1 of {n}" style="flex:1" oninput="{GO}"/>',
                 button.format(MOVE.format("Up"), "next ▶"),
                 "</div>",
                 "<details><summary>The same as a table</summary>",
@@ -144,8 +144,8 @@ def rank_steps(matrix=None, ranks=(1, 2, 4, 8, 16), alpha=8):
             f"{share:.1f}% of the squares. α/r is {alpha / r:.3g}.",
             600,
         )
-        d.heat(40, 110, 360, best, top)
-        d.heat(460, 110, 360, matrix, top)
+        d.heat(44, 110, 352, best, top)
+        d.heat(464, 110, 352, matrix, top)
         d.text(220, 500, f"B A,  r = {r}", 26, bold=True)
         d.text(220, 540, told, 22)
         d.text(220, 570, f"{share:.1f}% of the squares reached", 22)
@@ -202,7 +202,7 @@ def compress_steps(matrix=None, plan=((0, 8), (50, 5), (62, 4), (75, 3), (88, 2)
             (130, cut, f"{percent}% pruned: {size} bits a number", lost[0]),
             (730, coarse, f"all kept: {bits} bits a number", lost[1]),
         ):
-            d.heat(x, 90, 420, m, top)
+            d.heat(x + 2, 90, 416, m, top)
             d.text(x + 210, 550, words, 26, bold=True)
             d.text(x + 210, 592, f"error {error:.2f}% of the squares", 24)
         frames.append(d)
