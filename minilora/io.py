@@ -7,6 +7,7 @@ optimiser's `state_arrays()` beside it by `safetensors.write`.
 
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def load_model(path, dtype=None):
     """
     arrays, metadata = _read(path, MODEL)
     config, layers, sparse = (_json(path, metadata, key) for key in ("config", "layers", "sparse"))
-    with _said_of(path):
+    with said_of(path):
         if dtype is None:
             dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
         for name, shape in sparse.items():
@@ -99,7 +100,7 @@ def load_model(path, dtype=None):
             if not isinstance(old, Linear) or layer.shape != (old.d_out, old.d_in):
                 raise ValueError(f"{name} is {layer!r}; expected {old!r}")
             put(model, name, layer)
-        _fill(_dense(model, layers), arrays)
+        fill(_dense(model, layers), arrays)
     return model
 
 
@@ -153,7 +154,7 @@ def load_adapter(model, path):
     arrays, metadata = _read(path, ADAPTER)
     forms, still = (_json(path, metadata, key) for key in ("wrappers", "still"))
     modules, plain = dict(model.named_modules()), dict(model.named_parameters())
-    with _said_of(path):
+    with said_of(path):
         expected, fresh = {name: plain[name] for name in arrays if name in plain}, {}
         for name, form in forms.items():
             if name not in modules:
@@ -173,7 +174,7 @@ def load_adapter(model, path):
             raise ValueError(
                 f"made for another model: {odd} differs; load it on the base that it was trained on"
             )
-        _fill(expected, arrays)
+        fill(expected, arrays)
     freeze(put_all(model, fresh))
     for name, p in expected.items():
         p.requires_grad = name not in still
@@ -232,12 +233,16 @@ def write_sums(folder):
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="ascii", newline="\n")
 
 
+DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError)
+DAMAGE += (ValueError, re.error)
+
+
 @contextmanager
-def _said_of(path):
+def said_of(path):
     """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+    except DAMAGE as e:
         what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise ValueError(f"{path}: {what[:400]}") from None
 
@@ -260,7 +265,7 @@ def _json(path, metadata, key):
     return value
 
 
-def _fill(parameters, arrays):
+def fill(parameters, arrays):
     """Put arrays into parameters of the same names and shapes: all of them, or none."""
     shapes = [{name: a.shape for name, a in each.items()} for each in (parameters, arrays)]
     if shapes[0] != shapes[1]:
