@@ -7,7 +7,6 @@ optimiser's `state_arrays()` beside it by `safetensors.write`.
 
 import hashlib
 import json
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def load_model(path, dtype=None):
     """
     arrays, metadata = _read(path, MODEL)
     config, layers, sparse = (_json(path, metadata, key) for key in ("config", "layers", "sparse"))
-    with said_of(path):
+    with _said_of(path):
         if dtype is None:
             dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
         for name, shape in sparse.items():
@@ -154,7 +153,7 @@ def load_adapter(model, path):
     arrays, metadata = _read(path, ADAPTER)
     forms, still = (_json(path, metadata, key) for key in ("wrappers", "still"))
     modules, plain = dict(model.named_modules()), dict(model.named_parameters())
-    with said_of(path):
+    with _said_of(path):
         expected, fresh = {name: plain[name] for name in arrays if name in plain}, {}
         for name, form in forms.items():
             if name not in modules:
@@ -233,16 +232,12 @@ def write_sums(folder):
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="ascii", newline="\n")
 
 
-DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError)
-DAMAGE += (ValueError, re.error)
-
-
 @contextmanager
-def said_of(path):
+def _said_of(path):
     """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
     try:
         yield
-    except DAMAGE as e:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
         what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise ValueError(f"{path}: {what[:400]}") from None
 
