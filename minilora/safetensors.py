@@ -110,17 +110,37 @@ def read(path):
     """
     with open(path, "rb") as file:
         raw = file.read()
+    found, metadata = _parsed(path, raw, _CODES)
+    arrays = {}
+    for name, array in found.items():
+        if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
+            raise FormatError(f"{path}: {name!r} is BOOL, expected its bytes to be 0 or 1")
+        arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory
+    return arrays, metadata
+
+
+def mapped(path):
+    """Like `read`, but nothing is copied: an array's bytes come from the disk when it is used.
+
+    The file must stay as it is while its arrays live. BF16, which NumPy lacks, is let through as
+    an array with one field, `bf16`, the upper 16 bits of a float32; a BOOL is not looked at.
+    """
+    raw = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
+    return _parsed(path, raw, _CODES | {"BF16": np.dtype([("bf16", "<u2")])})
+
+
+def _parsed(path, raw, codes):
     try:
-        return _parse(raw)
+        return _parse(raw, codes)
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # cut: it may quote a lot
         raise FormatError(f"{path}: {str(error)[:400]}") from None
 
 
-def _parse(raw):
-    start = 8 + int.from_bytes(raw[:8], "little")
+def _parse(raw, codes):
+    start = 8 + int.from_bytes(bytes(raw[:8]), "little")
     if len(raw) < 8 or start > min(len(raw), 8 + _HEADER_CAP):
         raise ValueError(f"the header claims to end at byte {start} of {len(raw)}")
-    header, data = _header(raw[8:start]), memoryview(raw)[start:]
+    header, data = _header(bytes(raw[8:start])), memoryview(raw)[start:]
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError(f"__metadata__ is {metadata!r}, expected an object of texts")
@@ -130,17 +150,14 @@ def _parse(raw):
         numbers = entry["shape"] + entry["data_offsets"]
         if any(type(n) is not int for n in numbers) or len(entry["data_offsets"]) != 2:
             raise ValueError(f"{name!r} is {entry!r}, expected whole numbers, and two offsets")
-        if entry["dtype"] not in [*_CODES] or len(entry["shape"]) > 64:  # NumPy's limit
+        if entry["dtype"] not in [*codes] or len(entry["shape"]) > 64:  # NumPy's limit
             raise ValueError(f"{name!r} is {entry!r}, a dtype or shape that NumPy lacks")
     arrays, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, stop), code = entry["data_offsets"], _CODES[entry["dtype"]]
+        (begin, stop), code = entry["data_offsets"], codes[entry["dtype"]]
         if begin != end or stop - begin != math.prod(entry["shape"]) * np.dtype(code).itemsize:
             raise ValueError(f"{name!r} is {entry!r}, expected to begin at {end} and fit its shape")
-        array, end = np.frombuffer(data[begin:stop], code).reshape(entry["shape"]), stop
-        if code == "|b1" and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
-            raise ValueError(f"{name!r} is BOOL, expected its bytes to be 0 or 1")
-        arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory
+        arrays[name], end = np.frombuffer(data[begin:stop], code).reshape(entry["shape"]), stop
     if end != len(data):
         raise ValueError(f"the tensors end at byte {end} of the data, expected {len(data)}")
     return arrays, metadata
@@ -148,7 +165,7 @@ def _parse(raw):
 
 def _header(raw):
     if raw[:1] != b"{":  # with this, whatever JSON it is, it is an object
-        raise ValueError(f"the header starts with {bytes(raw[:8])!r}, expected '{{'")
+        raise ValueError(f"the header starts with {raw[:8]!r}, expected '{{'")
     text = raw.decode()
     # Checked first, since the parser recurses: in a browser, too deep a nest ends Python.
     brackets = re.finditer(r"[][{}]", re.sub(_STRING, "", text))

@@ -37,8 +37,12 @@ from .fused import (
     cross_entropy,
     dropout,
     gelu,
+    gelu_erf,
     layer_norm,
+    rms_norm,
+    rotary,
     softmax,
+    swiglu,
 )
 
 # ------------------------------------------------------------------ operators

@@ -5,7 +5,7 @@ import numpy as np
 from .. import ops
 from ..nn import Embedding, Linear, Parameter, check_rng, normal
 from ..surgery import Wrapper, plain, put_all, wear
-from ..transformer import attend, past, recall
+from ..transformer import attend, past
 
 
 def dtype_of(module):
@@ -145,10 +145,9 @@ class Prefix(Wrapper):
                 f"the input has {past() + x.shape[1]} tokens; a prefix of {self.m} leaves room "
                 f"for {self.room} (n_positions - m)"
             )
-        base, (keys, values) = self.base, self.pair()
-        k, v = recall(self, base.k(x), base.v(x))
+        (q, k, v), (keys, values) = self.base.qkv(x), self.pair()
         k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, inner) -> (B, m + T, inner)
-        return base.o(attend(base.q(x), k, v, base.n_head))  # (B, T, d)
+        return self.base.o(attend(q, k, v, self.base.n_head))  # (B, T, d)
 
 
 def prefix(model, m=4, *, hidden=None, rng):
@@ -247,4 +246,6 @@ def prompt(model, m=4, *, rng):
     n = model.config["n_positions"]
     (tokens,) = plain(model, "tokens", Embedding, ties=True).values()
     fresh = {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)}
-    return wear(model, fresh | {"positions": TokensFirst(model.positions, m)})
+    if model.positions is not None:  # else they are relative, and nothing moves
+        fresh["positions"] = TokensFirst(model.positions, m)
+    return wear(model, fresh)
