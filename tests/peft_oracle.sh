@@ -14,4 +14,4 @@ if [ -z "$python" ]; then
     [ -x "$python" ] || python=$scratch/Scripts/python # Windows
     "$python" -m pip install -q torch==2.13.0 transformers peft -e .
 fi
-HF_HUB_OFFLINE=1 PYTHONPATH=. "$python" -W ignore tests/peft_oracle.py
+HF_HUB_OFFLINE=1 PYTHONPATH=. "$python" -W ignore tests/peft_oracle.py "${@:2}"

@@ -130,6 +130,10 @@ def open_model(path, dtype=np.float32, packed=True):
     """
     path = Path(path)
     with said_of(path):
+        if path.is_dir() and read_json(path / "config.json").get("model_type") == "opt":
+            from .peft_files import open_opt  # which takes its names from here
+
+            return open_opt(path, dtype), None
         if path.is_dir():
             config, stored = _folder(path)
         elif path.suffix == ".gguf":

@@ -179,6 +179,7 @@ def gpt2(config, *, rng, dtype=np.float32):
     sizes = {"vocab_size": shape.vocab_size, "n_positions": shape.n_positions, "tied": shape.tied}
     sizes |= {"n_embd": shape.d_model, "n_head": shape.n_head, "n_layer": shape.n_layer}
     model = Transformer(**sizes, d_ff=shape.d_ff, rng=rng, dtype=dtype)
+    model.family = "gpt2"  # whose names its layers have in files: the toy's are OPT's
     return set_eps(model, config.get("layer_norm_epsilon", 1e-5))
 
 

@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import ops, safetensors
-from ..io import fill, said_of
+from ..io import fill
 from ..nn import Embedding, Linear
 from ..peft import IA3, DoRA, LoRA, LoRAEmbedding, PiSSA, Prefix, Prompt, TokensFirst, WithoutPrompt
 from ..surgery import plain, wear, wrappers
 from ..tensor import Tensor
 from ..transformer import Transformer
+from .files import NAMES, read_json, said_of, widened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base_model.model."  # PEFT holds the model twice wrapped
@@ -53,60 +54,35 @@ tokenizer_name_or_path tokenizer_kwargs
 """.split()  # fields that are used here, or that change nothing for an adapter that is trained
 OFFSET = 2  # OPT's table of positions begins with two rows that no token uses
 
-_TOP = {
-    "opt": {
-        "blocks.*": "model.decoder.layers.*",
-        "tokens": "model.decoder.embed_tokens",
-        "positions": "model.decoder.embed_positions",
-        "norm": "model.decoder.final_layer_norm",
-        "head": "lm_head",
-    },
-    "llama": {"blocks.*": "model.layers.*", "tokens": "model.embed_tokens", "head": "lm_head"},
-    "gpt2": {
-        "blocks.*": "transformer.h.*",
-        "tokens": "transformer.wte",
-        "positions": "transformer.wpe",
-        "head": "lm_head",
-    },
-    "bert": {
-        "blocks.*": "encoder.layer.*",
-        "tokens": "embeddings.word_embeddings",
-        "positions": "embeddings.position_embeddings",
-        "types": "embeddings.token_type_embeddings",
-    },
+_OPT = {  # our names to OPT's, as in `files.NAMES`
+    "tokens": "model.decoder.embed_tokens",
+    "positions": "model.decoder.embed_positions",
+    "norm": "model.decoder.final_layer_norm",
+    "head": "lm_head",
 }
-_INNER = """
-ours      opt                   llama             gpt2         bert
-attn.q    self_attn.q_proj      self_attn.q_proj  attn.c_attn  attention.self.query
-attn.k    self_attn.k_proj      self_attn.k_proj  attn.c_attn  attention.self.key
-attn.v    self_attn.v_proj      self_attn.v_proj  attn.c_attn  attention.self.value
-attn.o    self_attn.out_proj    self_attn.o_proj  attn.c_proj  attention.output.dense
-mlp.gate  -                     mlp.gate_proj     -            -
-mlp.up    fc1                   mlp.up_proj       mlp.c_fc     intermediate.dense
-mlp.down  fc2                   mlp.down_proj     mlp.c_proj   output.dense
-norm1     self_attn_layer_norm  -                 -            -
-norm2     final_layer_norm      -                 -            -
-"""
+_OPT |= {
+    f"blocks.{{}}.{ours}": f"model.decoder.layers.{{}}.{theirs}"
+    for ours, theirs in {
+        "norm1": "self_attn_layer_norm",
+        "norm2": "final_layer_norm",
+        **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
+        "attn.o": "self_attn.out_proj",
+        "mlp.up": "fc1",
+        "mlp.down": "fc2",
+    }.items()
+}
+THEIRS, OURS = {}, {}  # PEFT's BERT has no head, and its `c_attn` is our q, k and v, in this order
+for _family, _table in (NAMES | {"opt": _OPT}).items():
+    THEIRS[_family] = {a: [re.sub(r"^bert\.|\.[qkv]$", "", b)] for a, b in _table.items()}
+    for _our, (_their,) in THEIRS[_family].items():
+        OURS[_their] = list(dict.fromkeys([*OURS.get(_their, []), _our]))
 
 
-def _names(family):
-    """Our names to theirs; a * stands for the number of a block."""
-    at, (head, *rows) = _TOP[family], [line.split() for line in _INNER.strip().splitlines()]
-    inner = {row[0]: row[head.index(family)] for row in rows}
-    return at | {f"blocks.*.{k}": f"{at['blocks.*']}.{v}" for k, v in inner.items() if v != "-"}
-
-
-NAMES = {family: _names(family) for family in _TOP}
-OURS = {}  # their names to those of ours that they hold, in their order
-for _our, _their in (pair for family in _TOP for pair in NAMES[family].items()):
-    OURS.setdefault(_their, {})[_our] = None
-NAMES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), NAMES["llama"])
-
-
-def _swap(name, table, number=re.compile(r"\.(\d+)\.")):
-    """What a table with stars has for a name with a number: names, or nothing."""
-    found, at = table.get(number.sub(".*.", name, count=1), ()), number.search(name)
-    return [n.replace("*", at[1]) if at else n for n in found]
+def _looked_up(name, table):
+    """What a table has for a name with the number of a block in it: names, or nothing."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    key = name[: number.start()] + "{}" + name[number.end() :] if number else name
+    return [found.format(number and number[0]) for found in table.get(key, ())]
 
 
 def theirs(name, family):
@@ -115,22 +91,25 @@ def theirs(name, family):
     Raises:
         ValueError: if the family is unknown, or has no such layer.
     """
-    if family not in NAMES:
-        raise ValueError(f"family is {family!r}; expected one of {', '.join(NAMES)}")
-    found = _swap(name, {k: [v] for k, v in NAMES[family].items()})
-    if not found:
+    if family not in THEIRS:
+        raise ValueError(f"family is {family!r}; expected one of {', '.join(THEIRS)}")
+    if not (found := _looked_up(name, THEIRS[family])):
         raise ValueError(f"{name}: {family} has no such layer")
     return found[0]
 
 
+def family_of(model):
+    """The `model_type` that a model has in transformers; a toy's is opt."""
+    return getattr(model, "family", None) or model.config.get("model_type", "opt")
+
+
 def ours(name):
-    """Our names of a layer in transformers, as `theirs` has it: one, or q, k and v of a `c_attn`.
+    """Our names of a layer in transformers: one, or those of q, k and v for a `c_attn`.
 
     Raises:
         ValueError: if no family has such a layer.
     """
-    found = _swap(name.removeprefix("bert."), OURS)  # a BERT with a classifier has that in front
-    if not found:
+    if not (found := _looked_up(name.removeprefix("bert."), OURS)):
         raise ValueError(f"{name}: minilora has no such layer")
     return found
 
@@ -158,7 +137,7 @@ def save_pretrained(model, folder):
     if wrappers(model):
         raise ValueError("save_pretrained: this model carries an adapter; merge or detach it first")
     c, arrays = model.config, {}
-    if "d_head" in c or isinstance(c.get("d_ff"), list) or "model_type" in c:
+    if "d_head" in c or isinstance(c.get("d_ff"), list) or family_of(model) != "opt":
         raise ValueError(f"save_pretrained: an OPT cannot have the shape {c}")
     for name, module in model.named_modules():
         if hasattr(module, "weight") or hasattr(module, "dense"):
@@ -240,7 +219,7 @@ def export_peft(model, folder, family=None, base=None):
         export_peft(model, "adapter", base="base")
         # PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
     """
-    found, family = wrappers(model), family or model.config.get("model_type", "opt")
+    found, family = wrappers(model), family or family_of(model)
     kinds = {type(w).__name__ for w in found.values()}
     inside = {id(p) for w in found.values() for p in w.learned().values()}
     beside = [name for name, p in model.trainable().items() if id(p) not in inside]
@@ -419,8 +398,13 @@ def import_peft(model, folder):
 
 def _picked(config, key, target, usual):
     """What the first pattern of `rank_pattern` or `alpha_pattern` that matches gives a layer."""
-    patterns = (config.get(key) or {}).items()
-    return next((x for p, x in patterns if re.match(rf"(.*\.)?({p})$", target)), usual)
+    for pattern, value in (config.get(key) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", target):
+                return value
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r}: {error}") from None
+    return usual
 
 
 def _lora_in(model, config, arrays):
@@ -519,12 +503,10 @@ READERS |= {"PREFIX_TUNING": _prefix_in, "PROMPT_TUNING": _prompt_in}
 
 def _read(folder, config, weights):
     """A JSON object, and arrays and metadata, from two files in a folder."""
-    folder = Path(folder)
-    with said_of(folder / config):
-        found = json.loads((folder / config).read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}; expected an object")
-    return found, *safetensors.read(folder / weights)
+    with said_of(folder):
+        found = read_json(Path(folder, config))
+        arrays, metadata = safetensors.mapped(Path(folder, weights))
+        return found, {name: widened(a) for name, a in arrays.items()}, metadata
 
 
 def _write(folder, config_name, config, weights_name, arrays, metadata):
