@@ -67,7 +67,7 @@ def wrapped(theirs, folder, trainable=False):
 
 
 def answer(theirs):
-    """What the other side gives for IDS: logits, but none for a prompt; of BERT's states the mean."""
+    """What the other side gives for IDS: logits, but none for a prompt; BERT's mean state."""
     with torch.no_grad():
         found = theirs(input_ids=torch.tensor(IDS))
         if hasattr(found, "logits"):

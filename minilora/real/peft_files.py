@@ -387,8 +387,11 @@ def import_peft(model, folder):
             if config.get(key) not in (usual, None):
                 raise ValueError(f"{key} is {config[key]!r}; expected {usual!r}")
         kind = config.get("peft_type")
-        if kind not in READERS:
-            raise ValueError(f"peft_type is {kind!r}; expected one of {', '.join(READERS)}")
+        if not arrays or kind not in READERS:
+            raise ValueError(
+                f"peft_type is {kind!r}, of {len(arrays)} arrays; expected one of "
+                f"{', '.join(READERS)}, and some"
+            )
         arrays = {key.removeprefix(BASE): a for key, a in arrays.items()}
         fresh, found = READERS[kind](model, config | {MARK: metadata.get(MARK)}, arrays)
         blank = {f"{n}.{key}": p for n, w in fresh.items() for key, p in w.learned().items()}
