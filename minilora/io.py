@@ -34,6 +34,8 @@ def save_model(model, path):
     """
     if wrappers(model):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
+    if type(model) is not Transformer:
+        raise TypeError(f"save_model: this is a {type(model).__name__}; expected a Transformer")
     arrays, layers = _parts(model)
     blank = Transformer(**model.config, rng=None)
     shapes = [{n: p.shape for n, p in _dense(m, layers).items()} for m in (model, blank)]

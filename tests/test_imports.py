@@ -31,10 +31,11 @@ BOOK = [  # to be read from top to bottom
     "lecture",
     "plots",
 ]
-JOBS = ["command", "pretrain", "compare", "__main__"]  # which a reader may skip
+JOBS = ["command", "pretrain", "compare", "real", "__main__"]  # which a reader may skip
 ORDER = BOOK + JOBS
 OUTSIDE = {"numpy", "tqdm"}  # beside the standard library
 OUTSIDE_IN = {"plots": {"matplotlib"}, "lecture": {"matplotlib", "IPython"}}
+OUTSIDE_IN["real"] = {"gguf", "tokenizers", "jinja2"}  # an extra, and imported only when needed
 # Said once, by the class or by the protocol: what it means does not change with the module.
 PROTOCOL = "forward", "dense", "config", "merged", "merged_bias", "d_in", "d_out", "shape"
 
@@ -91,7 +92,7 @@ def test_a_module_imports_only_from_those_above_it(name):
 @modules
 def test_a_module_needs_nothing_else_to_be_installed(name):
     _, outside = imports(name)
-    allowed = OUTSIDE | OUTSIDE_IN.get(name, set()) | sys.stdlib_module_names
+    allowed = OUTSIDE | OUTSIDE_IN.get(room(name), set()) | sys.stdlib_module_names
     assert set(outside) <= allowed  # "minilora" itself is none of them: imports are relative
 
 
@@ -136,7 +137,7 @@ def sizes(name):
 
 def test_the_house_is_read_in_an_afternoon():
     code, guards, lines = (sum(column) for column in zip(*map(sizes, TREES), strict=True))
-    book = sum(sizes(name)[0] for name in TREES if name not in JOBS)
+    book = sum(sizes(name)[0] for name in TREES if room(name) not in JOBS)
     # A ratchet: what it is today. The aim is 2,350, 2,750, 4,500 and 7%; lower it with each step.
     budget = [
         ("the book", book, 2864),
@@ -206,7 +207,8 @@ def test_what_is_public_has_a_docstring(name):
 
 def test_importing_minilora_imports_no_heavy_package():
     heavy = "matplotlib", "IPython", "multiprocessing", "safetensors", "torch", "scipy"
-    code = f"import sys, minilora; print([m for m in {heavy} if m in sys.modules])"
+    heavy += "gguf", "tokenizers", "jinja2"
+    code = f"import sys, minilora, minilora.real; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,

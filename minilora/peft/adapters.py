@@ -150,6 +150,13 @@ class Prefix(Wrapper):
         return self.base.o(attend(q, k, v, self.base.n_head))  # (B, T, d)
 
 
+def positions(model):
+    """How many positions a decoder reads; another model takes no prefix and no prompt."""
+    if "n_positions" not in model.config:
+        raise TypeError(f"this is a {type(model).__name__}; expected one that reads left to right")
+    return model.config["n_positions"]
+
+
 def prefix(model, m=4, *, hidden=None, rng):
     """Freeze the model and give every layer `m` learned keys and values.
 
@@ -157,7 +164,7 @@ def prefix(model, m=4, *, hidden=None, rng):
 
     Source: Li & Liang 2021, arXiv 2101.00190.
     """
-    room, found = model.config["n_positions"] - m, plain(model, "blocks.*.attn", "q k v o n_head")
+    room, found = positions(model) - m, plain(model, "blocks.*.attn", "q k v o n_head")
     settings = {"hidden": hidden, "rng": rng}
     return wear(model, {n: Prefix(base, m, room, **settings) for n, base in found.items()})
 
@@ -243,7 +250,7 @@ def prompt(model, m=4, *, rng):
 
     Source: Lester et al. 2021, arXiv 2104.08691.
     """
-    n = model.config["n_positions"]
+    n = positions(model)
     (tokens,) = plain(model, "tokens", Embedding, ties=True).values()
     fresh = {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)}
     if model.positions is not None:  # else they are relative, and nothing moves
