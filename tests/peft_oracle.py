@@ -16,7 +16,7 @@ import transformers
 
 import minilora as ml
 from helpers import biased, logits, rng, shake
-from minilora.real import export_peft, import_peft, open_model, open_opt, save_pretrained
+from minilora.real import export_peft, import_peft, open_model, save_pretrained
 from real_oracle import FAMILIES, tokenizer_file
 
 SIZES = {"vocab_size": 97, "n_positions": 16, "n_embd": 16, "n_head": 2, "n_layer": 2}
@@ -37,7 +37,7 @@ def toy(dtype, **changes):
             p.data += 0.1 * rng(p.size).standard_normal(p.shape).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        again = open_opt(folder)
+        again, _ = open_model(folder, dtype)
         assert again.config == model.config
         for p, q in zip(model.parameters(), again.parameters(), strict=True):
             assert p.dtype == q.dtype and np.array_equal(p.data, q.data)
@@ -63,7 +63,10 @@ def wrapped(theirs, folder, trainable=False):
     """PEFT's model from a folder, in the precision of its base, its dropout off."""
     dtype = next(theirs.parameters()).dtype
     more = {"is_trainable": trainable, "autocast_adapter_dtype": False}
-    return peft.PeftModel.from_pretrained(theirs, folder, **more).to(dtype).eval()
+    torch.set_default_dtype(dtype)  # else a prompt would be cut to float32 on its way
+    found = peft.PeftModel.from_pretrained(theirs, folder, **more).eval()
+    torch.set_default_dtype(torch.float32)
+    return found
 
 
 def answer(theirs):
@@ -226,7 +229,9 @@ def main(kinds):
     bad = []
 
     def tell(dtype, what, *gaps):
-        ok = max(gaps) <= LIMITS[dtype]
+        # Its files leave out what PiSSA took from the base: each side does the SVD anew, in
+        # float32, and where two singular values are close they part them a little differently.
+        ok = max(gaps) <= (1e-4 if what.endswith("back: pissa") else LIMITS[dtype])
         bad.extend([] if ok else [what])
         print(
             f"{dtype} {what:36}", *(f"{g:8.1e}" for g in gaps), "" if ok else "TOO MUCH", flush=True

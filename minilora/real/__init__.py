@@ -8,4 +8,4 @@ It needs what the book does not: `pip install "minilora[real]"`. `python -m mini
 from .models import Bert, Llama, gpt2
 from .text import Tokenizer
 from .files import open_model
-from .peft_files import export_peft, import_peft, open_opt, save_pretrained
+from .peft_files import export_peft, import_peft, save_pretrained

@@ -7,6 +7,7 @@ one tensor at a time is brought over. Blocks of 4 or 8 bits stay packed, as a `Q
 import json
 import math
 import os
+import re
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,12 @@ from .. import safetensors
 from ..compress.quantise import Quantised, pack
 from ..compress.quantlinear import QuantLinear
 from ..surgery import put
-from .models import Bert, Llama, gpt2
+from .models import Bert, Llama, gpt2, opt
 from .text import from_folder, from_gguf
 
-MODELS = {"gpt2": gpt2, "bert": Bert} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)
+MODELS = {"gpt2": gpt2, "opt": opt, "bert": Bert} | dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3"), Llama
+)
 
 # Our names to those of transformers; {} is the number of a block. GPT-2's q, k and v are one.
 _LLAMA = {"tokens": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -45,6 +48,18 @@ _GPT2 |= {"head": "lm_head"} | {
         "attn.o": "attn.c_proj",
         "mlp.up": "mlp.c_fc",
         "mlp.down": "mlp.c_proj",
+    }.items()
+}
+_OPT = {"tokens": "model.decoder.embed_tokens", "positions": "model.decoder.embed_positions"}
+_OPT |= {"norm": "model.decoder.final_layer_norm", "head": "lm_head"} | {
+    f"blocks.{{}}.{ours}": f"model.decoder.layers.{{}}.{theirs}"
+    for ours, theirs in {
+        "norm1": "self_attn_layer_norm",
+        "norm2": "final_layer_norm",
+        **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
+        "attn.o": "self_attn.out_proj",
+        "mlp.up": "fc1",
+        "mlp.down": "fc2",
     }.items()
 }
 _BERT = {
@@ -78,7 +93,8 @@ _GGUF |= {
         **{f"mlp.{x}": f"ffn_{x}" for x in ("gate", "up", "down")},
     }.items()
 }
-NAMES = dict.fromkeys(MODELS, _LLAMA) | {"gpt2": _GPT2, "bert": _BERT}
+NAMES = dict.fromkeys(MODELS, _LLAMA) | {"gpt2": _GPT2, "opt": _OPT, "bert": _BERT}
+OFFSET = 2  # OPT's table of positions begins with two rows that no token uses
 # In files of transformers, and no part of the model: masks, tables, heads of other tasks.
 _IGNORED = ("rotary_emb.inv_freq", "position_ids", ".attn.bias", ".attn.masked_bias")
 _IGNORED += ("pooler.dense.weight", "pooler.dense.bias")
@@ -113,14 +129,15 @@ def open_model(path, dtype=np.float32, packed=True):
     Args:
         path: a `.gguf` file of Llama's family (Llama, Mistral, Qwen2, Qwen3), or a folder with
             `config.json`, `model.safetensors` or its shards, and `tokenizer.json`: one of those,
-            a GPT-2, or a BERT.
+            a GPT-2, or a BERT; or a toy that `save_pretrained` wrote, which needs no tokenizer.
         dtype: float32 or float64.
         packed: whether the blocks of a file's Q4_0, Q4_1 and Q8_0 layers stay packed, which
             takes a fraction of the memory; a step must then make each weight afresh. If not,
             all becomes plain layers.
 
     Returns:
-        (model, tokenizer): a `Llama`, a `Transformer` or a `Bert`, and a `Tokenizer`.
+        (model, tokenizer): a `Llama`, a `Transformer` or a `Bert`, and a `Tokenizer`, or None for
+        a toy.
 
     Raises:
         ValueError: in one line, and before a weight is read: if the file is damaged, of another
@@ -130,10 +147,6 @@ def open_model(path, dtype=np.float32, packed=True):
     """
     path = Path(path)
     with said_of(path):
-        if path.is_dir() and read_json(path / "config.json").get("model_type") == "opt":
-            from .peft_files import open_opt  # which takes its names from here
-
-            return open_opt(path, dtype), None
         if path.is_dir():
             config, stored = _folder(path)
         elif path.suffix == ".gguf":
@@ -141,7 +154,9 @@ def open_model(path, dtype=np.float32, packed=True):
         else:
             raise ValueError("expected a .gguf file, or a folder with config.json")
         model = _blank(config, stored, dtype)
-        tokenizer = from_folder(path) if path.is_dir() else from_gguf(fields)
+        tokenizer = None  # a toy reads no text
+        if config["model_type"] != "opt" or (path / "tokenizer.json").exists():
+            tokenizer = from_folder(path) if path.is_dir() else from_gguf(fields)
         for name, p in list(model.named_parameters()):
             a = stored[name].read()
             if not all(np.isfinite(x).all() for x in (a if isinstance(a, np.ndarray) else a[1:2])):
@@ -154,12 +169,15 @@ def open_model(path, dtype=np.float32, packed=True):
     return model, tokenizer
 
 
+DAMAGE = ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, re.error
+
+
 @contextmanager
 def said_of(path):
     """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+    except DAMAGE as e:
         what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         what = " ".join(what.split()).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {what[:400]}") from None
@@ -227,7 +245,9 @@ def _folder(path):
     for name, a in arrays.items():
         layer, _, part = _bare(name).rpartition(".")
         if not name.endswith(_IGNORED):
-            stored[f"{ours.get(layer, layer)}.{part}"] = Stored(a.shape, 0, lambda a=a: widened(a))
+            layer = ours.get(layer, layer)
+            a = a[OFFSET:] if kind == "opt" and layer == "positions" else a
+            stored[f"{layer}.{part}"] = Stored(a.shape, 0, lambda a=a: widened(a))
     if kind == "bert":
         stored = {n: a for n, a in stored.items() if not n.startswith("cls.")}
     return config, stored

@@ -183,6 +183,31 @@ def gpt2(config, *, rng, dtype=np.float32):
     return set_eps(model, config.get("layer_norm_epsilon", 1e-5))
 
 
+OPT = {  # what an OPT must be to have the shape of the toy
+    "model_type": "opt",
+    "activation_function": "gelu_new",
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+}
+
+
+def opt(config, *, rng, dtype=np.float32):
+    """The `Transformer` of an OPT's `config.json`, if that OPT is a toy: with GPT-2's GELU.
+
+    Source: Zhang et al. 2022, arXiv 2205.01068.
+    """
+    c = {"activation_function": "relu", "tie_word_embeddings": True} | config  # if not said
+    for name, wanted in (OPT | {"word_embed_proj_dim": c["hidden_size"]}).items():
+        if c.get(name) not in (wanted, None):
+            raise ValueError(f"{name} is {c[name]!r}; expected {wanted!r}")
+    sizes = {"vocab_size": c["vocab_size"], "n_positions": c["max_position_embeddings"]}
+    sizes |= {"n_embd": c["hidden_size"], "n_head": c["num_attention_heads"], "d_ff": c["ffn_dim"]}
+    sizes |= {"n_layer": c["num_hidden_layers"], "tied": bool(c["tie_word_embeddings"])}
+    return Transformer(**sizes, rng=rng, dtype=dtype)
+
+
 def set_eps(model, eps):
     """Give every LayerNorm of a model this epsilon. Returns the model."""
     for _, module in model.named_modules():

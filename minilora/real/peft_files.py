@@ -1,9 +1,9 @@
 """Adapters in the folders of PEFT, out and back, and the toy base in a folder of transformers.
 
 A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`, under the names that
-the layers have in transformers, where OPT is the architecture in the shape of the toy. Where PEFT
-sees one layer and the house three (GPT-2's `c_attn` is q, k and v), their bypasses are stacked on
-the way out and parted on the way back.
+the layers have in transformers. The toy has OPT's, which is the architecture there of its shape.
+GPT-2's `c_attn` is our q, k and v: their bypasses are stacked on the way out, and parted on the
+way back.
 
 PEFT's type      here
 LORA             lora: LoRA, rsLoRA, DoRA, and PiSSA as an update of rank 2r; tables and the head
@@ -20,9 +20,9 @@ here too.
 
 import json
 import re
-from collections import Counter
 from itertools import accumulate
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 
@@ -32,70 +32,24 @@ from ..nn import Embedding, Linear
 from ..peft import IA3, DoRA, LoRA, LoRAEmbedding, PiSSA, Prefix, Prompt, TokensFirst, WithoutPrompt
 from ..surgery import plain, wear, wrappers
 from ..tensor import Tensor
-from ..transformer import Transformer
-from .files import NAMES, read_json, said_of, widened
+from .files import NAMES, OFFSET, names, read_json, said_of, widened
+from .models import OPT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base_model.model."  # PEFT holds the model twice wrapped
 VIRTUAL = "prompt_embeddings"  # PEFT's name of a prompt, and of a prefix
 MARK = "minilora"  # in the file's metadata: the kind, where PEFT's form does not tell
-LEAVES = {"lora_A.weight": "A", "lora_B.weight": "B"}
-LEAVES |= {"lora_embedding_A": "A", "lora_embedding_B": "B"}
-LEAVES |= dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight"), "magnitude")
-LEAVES |= dict.fromkeys(("base_layer.weight", "weight"), "table")
+PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "ia3_l": "scale"}
+PARTS |= {"lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "magnitude"}
+PARTS |= {"base_layer.weight": "table", "weight": "table"}  # which PEFT saves beside an adapter
 KNOWN = """
-peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode
-target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out bias
-r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern init_lora_weights
-megatron_core qalora_group_size eva_config feedforward_modules init_ia3_weights
-num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers
-encoder_hidden_size prefix_projection init_weights prompt_tuning_init prompt_tuning_init_text
-tokenizer_name_or_path tokenizer_kwargs
+peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode bias
+target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_lora_weights
+r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern megatron_core eva_config
+qalora_group_size feedforward_modules init_ia3_weights num_virtual_tokens token_dim num_layers
+num_transformer_submodules num_attention_heads encoder_hidden_size prefix_projection init_weights
+prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs
 """.split()  # fields that are used here, or that change nothing for an adapter that is trained
-OFFSET = 2  # OPT's table of positions begins with two rows that no token uses
-
-_OPT = {  # our names to OPT's, as in `files.NAMES`
-    "tokens": "model.decoder.embed_tokens",
-    "positions": "model.decoder.embed_positions",
-    "norm": "model.decoder.final_layer_norm",
-    "head": "lm_head",
-}
-_OPT |= {
-    f"blocks.{{}}.{ours}": f"model.decoder.layers.{{}}.{theirs}"
-    for ours, theirs in {
-        "norm1": "self_attn_layer_norm",
-        "norm2": "final_layer_norm",
-        **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
-        "attn.o": "self_attn.out_proj",
-        "mlp.up": "fc1",
-        "mlp.down": "fc2",
-    }.items()
-}
-THEIRS, OURS = {}, {}  # PEFT's BERT has no head, and its `c_attn` is our q, k and v, in this order
-for _family, _table in (NAMES | {"opt": _OPT}).items():
-    THEIRS[_family] = {a: [re.sub(r"^bert\.|\.[qkv]$", "", b)] for a, b in _table.items()}
-    for _our, (_their,) in THEIRS[_family].items():
-        OURS[_their] = list(dict.fromkeys([*OURS.get(_their, []), _our]))
-
-
-def _looked_up(name, table):
-    """What a table has for a name with the number of a block in it: names, or nothing."""
-    number = re.search(r"(?<=\.)\d+(?=\.)", name)
-    key = name[: number.start()] + "{}" + name[number.end() :] if number else name
-    return [found.format(number and number[0]) for found in table.get(key, ())]
-
-
-def theirs(name, family):
-    """The name of a layer in transformers: `blocks.0.attn.q` to `….layers.0.self_attn.q_proj`.
-
-    Raises:
-        ValueError: if the family is unknown, or has no such layer.
-    """
-    if family not in THEIRS:
-        raise ValueError(f"family is {family!r}; expected one of {', '.join(THEIRS)}")
-    if not (found := _looked_up(name, THEIRS[family])):
-        raise ValueError(f"{name}: {family} has no such layer")
-    return found[0]
 
 
 def family_of(model):
@@ -103,99 +57,60 @@ def family_of(model):
     return getattr(model, "family", None) or model.config.get("model_type", "opt")
 
 
-def ours(name):
-    """Our names of a layer in transformers: one, or those of q, k and v for a `c_attn`.
-
-    Raises:
-        ValueError: if no family has such a layer.
-    """
-    if not (found := _looked_up(name.removeprefix("bert."), OURS)):
-        raise ValueError(f"{name}: minilora has no such layer")
+def _places(model, families):
+    """The layers of some families by their names, each to a list of ours: q, k, v for `c_attn`."""
+    found = {}
+    for family in families:
+        for our, their in names(family, len(model.blocks)).items():
+            their = re.sub(r"^bert\.|\.[qkv]$", "", their)  # PEFT's BERT has no name in front
+            found[their] = list(dict.fromkeys([*found.get(their, []), our]))
     return found
 
 
-# ------------------------------------------------------------------ the toy base
-
-OPT = {  # what an OPT must be to have the shape of the toy
-    "model_type": "opt",
-    "activation_function": "gelu_new",
-    "do_layer_norm_before": True,
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
-    "_remove_final_layer_norm": False,
-}
+def _write(folder, names, config, arrays, metadata):
+    """A JSON object and arrays, in two files of these names."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.write(folder / names[1], arrays, {"format": "pt"} | metadata)
+    text = json.dumps(config, indent=2) + "\n"
+    safetensors.write_whole(folder / names[0], [text.encode()])
 
 
 def save_pretrained(model, folder):
     """Write a toy `Transformer` as an OPT: `config.json` and `model.safetensors` in a folder.
 
-    Compressed layers are written as plain ones.
+    `open_model` reads it. Compressed layers are written as plain ones.
 
     Raises:
         ValueError: if the model carries an adapter, or was pruned to a shape that OPT cannot have.
     """
+    c, arrays = model.config, {}
     if wrappers(model):
         raise ValueError("save_pretrained: this model carries an adapter; merge or detach it first")
-    c, arrays = model.config, {}
-    if "d_head" in c or isinstance(c.get("d_ff"), list) or family_of(model) != "opt":
+    if family_of(model) != "opt" or "d_head" in c or isinstance(c.get("d_ff"), list):
         raise ValueError(f"save_pretrained: an OPT cannot have the shape {c}")
-    for name, module in model.named_modules():
-        if hasattr(module, "weight") or hasattr(module, "dense"):
-            weight = module.dense() if hasattr(module, "dense") else module.weight.data
-            if name == "positions":
-                weight = np.pad(weight, ((OFFSET, 0), (0, 0)))  # (n, d) -> (2 + n, d)
-            arrays[f"{theirs(name, 'opt')}.weight"] = weight
-            if getattr(module, "bias", None) is not None:
-                arrays[f"{theirs(name, 'opt')}.bias"] = module.bias.data
+    modules = dict(model.named_modules())
+    for their, (name,) in _places(model, ["opt"]).items():
+        layer = modules[name]
+        weight = layer.dense() if hasattr(layer, "dense") else layer.weight.data
+        if name == "positions":
+            weight = np.pad(weight, ((OFFSET, 0), (0, 0)))  # (n, d) -> (2 + n, d)
+        arrays[f"{their}.weight"] = weight
+        if getattr(layer, "bias", None) is not None:
+            arrays[f"{their}.bias"] = layer.bias.data
     if c["tied"]:
         del arrays["lm_head.weight"]
     config = OPT | {"architectures": ["OPTForCausalLM"], "dtype": str(model.norm.weight.dtype)}
     config |= {"vocab_size": c["vocab_size"], "max_position_embeddings": c["n_positions"]}
     config |= dict.fromkeys(("hidden_size", "word_embed_proj_dim"), c["n_embd"])
     config |= {"num_hidden_layers": c["n_layer"], "num_attention_heads": c["n_head"]}
-    config |= {"ffn_dim": c.get("d_ff", 4 * c["n_embd"]), "tie_word_embeddings": bool(c["tied"])}
+    config |= {"ffn_dim": c.get("d_ff", 4 * c["n_embd"]), "tie_word_embeddings": c["tied"]}
     config |= dict.fromkeys(("dropout", "attention_dropout", "layerdrop"), 0.0)
     config |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    _write(folder, "config.json", config, "model.safetensors", arrays, {"format": "pt"})
+    _write(folder, ("config.json", "model.safetensors"), config, arrays, {})
 
 
-def open_opt(folder, dtype=None):
-    """Read a `Transformer` from the folder of an OPT, such as `save_pretrained` writes.
-
-    Args:
-        folder: it holds `config.json` and `model.safetensors`.
-        dtype: float32 or float64; as stored if not given.
-
-    Raises:
-        ValueError: if a file is damaged, or the OPT has not the shape of the toy.
-        OSError: if a file cannot be read.
-    """
-    c, arrays, _ = _read(folder, "config.json", "model.safetensors")
-    with said_of(folder):
-        c = {"activation_function": "relu", "tie_word_embeddings": True} | c  # if not said
-        for name, wanted in (OPT | {"word_embed_proj_dim": c["hidden_size"]}).items():
-            if c.get(name) not in (wanted, None):
-                raise ValueError(f"{name} is {c[name]!r}; expected {wanted!r}")
-        if not 1 <= c["num_hidden_layers"] <= len(arrays):
-            raise ValueError(f"{c['num_hidden_layers']} layers, for {len(arrays)} tensors")
-        wide = any(a.dtype == np.float64 for a in arrays.values())
-        sizes = {"n_positions": c["max_position_embeddings"], "n_embd": c["hidden_size"]}
-        sizes |= {"n_head": c["num_attention_heads"], "n_layer": c["num_hidden_layers"]}
-        sizes |= {"vocab_size": c["vocab_size"], "d_ff": c["ffn_dim"]}
-        sizes |= {"tied": bool(c["tie_word_embeddings"])}
-        sizes |= {"dtype": dtype or (np.float64 if wide else np.float32)}
-        model, found = Transformer(**sizes, rng=None), {}  # no memory is taken yet
-        for key, a in arrays.items():
-            layer, _, leaf = key.rpartition(".")
-            (name,) = ours(layer)
-            found[f"{name}.{leaf}"] = a[OFFSET:] if name == "positions" else a
-        if sizes["tied"]:
-            found.pop("head.weight", None)
-        fill(dict(model.named_parameters()), found)
-    return model
-
-
-# ------------------------------------------------------------------ adapters out
+# ------------------------------------------------------------------ out
 
 
 def export_peft(model, folder, family=None, base=None):
@@ -203,10 +118,10 @@ def export_peft(model, folder, family=None, base=None):
 
     Args:
         model: with one kind of adapter. PiSSA goes out as the update that it stands for, a LoRA
-            of rank 2r on the whole base, and `import_peft` makes PiSSA of it again.
+            of rank 2r on the whole base; `import_peft` makes PiSSA of it again, but on a GPT-2.
         folder: made if it is not there.
-        family: whose names the layers get: opt, gpt2, llama, mistral, qwen2, qwen3 or bert; if
-            not given, the `model_type` in the model's configuration, or opt, for the toy.
+        family: whose names the layers get: opt, gpt2, llama, mistral, qwen2, qwen3 or bert; the
+            model's own if not given, and opt for the toy.
         base: the name or folder of the base, for PEFT's record.
 
     Raises:
@@ -223,30 +138,35 @@ def export_peft(model, folder, family=None, base=None):
     kinds = {type(w).__name__ for w in found.values()}
     inside = {id(p) for w in found.values() for p in w.learned().values()}
     beside = [name for name, p in model.trainable().items() if id(p) not in inside]
+    if family not in NAMES:
+        raise ValueError(f"family is {family!r}; expected one of {', '.join(NAMES)}")
     if beside or not found:
         what = f"{beside[0]} trains outside of an adapter" if beside else "it carries no adapter"
         raise ValueError(f"export_peft: {what}; PEFT has no form for this model")
     if kinds <= {"LoRA", "LoRAEmbedding"} or kinds in ({"DoRA"}, {"PiSSA"}):
-        config, arrays, metadata = _lora_out(model, found, family)
+        config, arrays = _lora_out(model, found, family)
     elif kinds == {"IA3"}:
-        config, arrays, metadata = _ia3_out(model, found, family)
+        config, arrays = _ia3_out(model, found, family)
     elif kinds - {"TokensFirst"} in ({"Prefix"}, {"Prompt", "WithoutPrompt"}) and family != "bert":
-        config, arrays, metadata = _virtual_out(model, found)
+        config, arrays = _virtual_out(model, found)
     else:
         raise TypeError(f"export_peft: PEFT has no form for {' with '.join(sorted(kinds))}")
     config |= {"base_model_name_or_path": base and str(base), "inference_mode": True}
     config |= {"task_type": "FEATURE_EXTRACTION" if family == "bert" else "CAUSAL_LM"}
-    _write(folder, CONFIG, config, WEIGHTS, arrays, {"format": "pt"} | metadata)
+    mark = {MARK: "PiSSA"} if kinds == {"PiSSA"} and family != "gpt2" else {}
+    _write(folder, (CONFIG, WEIGHTS), config, arrays, mark)
 
 
 def _stacked(model, found, family):
-    """(their name, our layers, what each of them wears or None) for each layer of theirs."""
-    layers = dict(model.named_modules())
-    for target in dict.fromkeys(theirs(name, family) for name in found):
-        names = ours(target)
-        if "positions" in names and family == "opt":
-            raise ValueError("export_peft: positions: PEFT cannot adapt an OPT's positions")
-        yield target, [layers[n] for n in names], [found.get(n) for n in names]
+    """(their name, our layers, what each of them wears or None) for each layer that is adapted."""
+    layers, left = dict(model.named_modules()), set(found)
+    for their, ours in _places(model, [family]).items():
+        worn = [found.get(name) for name in ours]
+        if left & set(ours) and their != "model.decoder.embed_positions":
+            left -= set(ours)
+            yield their, [layers[name] for name in ours], worn
+    if left:
+        raise ValueError(f"export_peft: PEFT cannot adapt a layer {min(left)} of {family}")
 
 
 def _ratio(new, old, rslora):
@@ -254,8 +174,10 @@ def _ratio(new, old, rslora):
     return (new / old) ** (0.5 if rslora else 1)
 
 
-def _factors(w):
+def _factors(layer, w):
     """A and B of the update on the whole base: PiSSA's is what it has less what it began with."""
+    if w is None:
+        return np.zeros((0, layer.d_in)), np.zeros((layer.d_out, 0))
     if not isinstance(w, PiSSA):
         return w.A.data, w.B.data
     u, s, vt = np.linalg.svd(w.base.dense() - w.residual.data, full_matrices=False)
@@ -265,40 +187,38 @@ def _factors(w):
 
 
 def _lora_out(model, found, family):
-    first = next(iter(found.values()))
     dropouts = {w.dropout for w in found.values() if not isinstance(w, LoRAEmbedding)} or {0.0}
-    if len(dropouts) > 1 or any(w.rslora != first.rslora for w in found.values()):
+    kinds, rslora = {w.rslora for w in found.values()}, next(iter(found.values())).rslora
+    if len(dropouts) > 1 or len(kinds) > 1:
         raise ValueError("export_peft: layers differ in dropout or rslora; PEFT has one for all")
-    dora, whole = isinstance(first, DoRA), True
     arrays, ranks, alphas = {}, {}, {}
-    for target, layers, worn in _stacked(model, found, family):
-        pairs = {w: _factors(w) for w in worn if w is not None}
-        lead, a = next(iter(pairs)), np.concatenate([a for a, _ in pairs.values()])  # (Σ r, d_in)
-        rows, at = [], 0  # B has a block for each of ours, down its diagonal
-        for layer, w in zip(layers, worn, strict=True):
-            b = (
-                np.zeros((layer.d_out, 0))
-                if w is None
-                else pairs[w][1] * (w.scaling / lead.scaling)
-            )
-            rows.append(np.pad(b, ((0, 0), (at, len(a) - at - b.shape[1]))))  # (d_out, Σ r)
-            at += b.shape[1]
-        name = f"{BASE}{target}.lora_"
+    for their, layers, worn in _stacked(model, found, family):
+        lead = next(w for w in worn if w is not None)
+        pairs = [_factors(*both) for both in zip(layers, worn, strict=True)]
+        ends, scales = (
+            accumulate(len(a) for a, _ in pairs),
+            [getattr(w, "scaling", 1) for w in worn],
+        )
+        own = {"A": np.concatenate([a for a, _ in pairs])}  # (Σ r, d_in)
+        r, dtype, name = len(own["A"]), lead.A.dtype, f"{BASE}{their}.lora_"
+        own["B"] = np.concatenate(  # (Σ d_out, Σ r): a block for each of ours, down the diagonal
+            [
+                np.pad(b * (scale / lead.scaling), ((0, 0), (end - b.shape[1], r - end)))
+                for (_, b), scale, end in zip(pairs, scales, ends, strict=True)
+            ]
+        )
         form = "embedding_{}" if isinstance(lead, LoRAEmbedding) else "{}.weight"
-        arrays[name + form.format("A")] = a
-        arrays[name + form.format("B")] = np.concatenate(rows).astype(a.dtype)
-        if dora:
+        arrays |= {name + form.format(x): own[x].astype(dtype) for x in own}
+        if isinstance(lead, DoRA):
             arrays[f"{name}magnitude_vector"] = np.concatenate(list(map(_lengths, layers, worn)))
-        ranks[target] = len(a)
-        alphas[target] = lead.alpha * _ratio(len(a), lead.r, lead.rslora)
-        whole = whole and len(layers) == 1
-    r, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+        ranks[their], alphas[their] = r, lead.alpha * _ratio(r, lead.r, rslora)
+    r, alpha = mode(ranks.values()), mode(alphas.values())
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(ranks)}
     config |= {"rank_pattern": {n: x for n, x in ranks.items() if x != r}}
     config |= {"alpha_pattern": {n: x for n, x in alphas.items() if x != alpha}}
-    config |= {"use_rslora": first.rslora, "use_dora": dora, "lora_dropout": dropouts.pop()}
-    config |= {"fan_in_fan_out": family == "gpt2", "bias": "none", "init_lora_weights": True}
-    return config, arrays, {MARK: "PiSSA"} if isinstance(first, PiSSA) and whole else {}
+    config |= {"use_rslora": rslora, "use_dora": isinstance(lead, DoRA), "bias": "none"}
+    config |= {"lora_dropout": dropouts.pop(), "init_lora_weights": True}
+    return config | {"fan_in_fan_out": family == "gpt2"}, arrays
 
 
 def _lengths(layer, w):
@@ -309,47 +229,45 @@ def _lengths(layer, w):
 
 
 def _ia3_out(model, found, family):
-    arrays, into = {}, []
-    for target, layers, worn in _stacked(model, found, family):
-        sides = {w.side for w in worn if w is not None}
-        if "in" in sides and len(layers) > 1:
-            raise ValueError(f"export_peft: {target} holds three layers; its inputs have one scale")
+    arrays, targets = {}, {"out": [], "in": []}
+    for their, layers, worn in _stacked(model, found, family):
+        side = next(w for w in worn if w is not None).side
+        if len({getattr(w, "side", "out") for w in worn}) > 1 or (side == "in" and len(worn) > 1):
+            raise ValueError(f"export_peft: {their} holds three layers; its inputs have one scale")
         ones = [np.ones(layer.d_out, layer.dense().dtype) for layer in layers]
         scales = [one if w is None else w.scale.data for one, w in zip(ones, worn, strict=True)]
         scale = np.concatenate(scales)[:, None]  # (d, 1)
-        arrays[f"{BASE}{target}.ia3_l"] = scale.T if "in" in sides else scale
-        into += [target] if "in" in sides else []
-    targets = [key.removeprefix(BASE).removesuffix(".ia3_l") for key in arrays]
-    config = {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": into}
-    return config | {"fan_in_fan_out": family == "gpt2", "init_ia3_weights": True}, arrays, {}
+        arrays[f"{BASE}{their}.ia3_l"] = scale.T if side == "in" else scale
+        targets[side].append(their)
+    config = {"peft_type": "IA3", "target_modules": targets["out"] + targets["in"]}
+    config |= {"feedforward_modules": targets["in"], "init_ia3_weights": True}
+    return config | {"fan_in_fan_out": family == "gpt2"}, arrays
 
 
 def _virtual_out(model, found):
     own = [w for w in found.values() if isinstance(w, (Prefix, Prompt))]
-    w, moved = own[0], found.get("positions")
-    moves = (w.m if isinstance(w, Prompt) else 0) - (0 if moved is None else moved.m)
-    if getattr(model, "positions", None) is not None and moves != w.m:
+    w, attn = own[0], getattr(model.blocks[0].attn, "base", model.blocks[0].attn)
+    moves = (w.m if isinstance(w, Prompt) else 0) - getattr(found.get("positions"), "m", 0)
+    if model.positions is not None and moves != w.m:
         raise ValueError(
             f"export_peft: in PEFT the tokens move on by {w.m} positions; here they stay, and "
-            f"were trained so; only what `import_peft` read moves them and can go out"
+            "were trained so; only what `import_peft` read moves them and can go out"
         )
-    attn = getattr(model.blocks[0].attn, "base", model.blocks[0].attn)
+    wide = attn.k.d_out  # narrower where heads share their keys
     config = {"num_virtual_tokens": w.m, "num_layers": len(model.blocks)}
     config |= {"num_transformer_submodules": 1, "num_attention_heads": attn.n_head}
     if isinstance(w, Prompt):
         config |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
-        return config | {"token_dim": w.prompt.shape[1]}, {VIRTUAL: w.prompt.data}, {}
+        return config | {"token_dim": w.prompt.shape[1]}, {VIRTUAL: w.prompt.data}
     if len(own) != len(model.blocks) or any(other.m != w.m for other in own):
         raise ValueError("export_peft: PEFT has a prefix of one length in every block")
-    pairs = [[p.data for p in other.pair()] for other in own]
-    rows = [x for w, (k, v) in zip(own, pairs, strict=True) for x in (_turned(w.base, k, w.m), v)]
-    wide = attn.k.d_out  # narrower where heads share their keys
+    parts = []
+    for w in own:
+        keys, values = (p.data for p in w.pair())
+        parts += [_turned(w.base, keys, w.m), values]
     config |= {"peft_type": "PREFIX_TUNING", "token_dim": wide, "encoder_hidden_size": wide}
-    config |= {
-        "num_attention_heads": attn.n_head * wide // attn.q.d_out,
-        "prefix_projection": False,
-    }
-    return config, {VIRTUAL: np.concatenate(rows, axis=1)}, {}  # (m, 2 · n_layer · wide)
+    config |= {"num_attention_heads": attn.n_head * wide // attn.q.d_out}
+    return config, {VIRTUAL: np.concatenate(parts, axis=1)}  # (m, 2 · n_layer · wide)
 
 
 def _turned(attn, keys, by):
@@ -360,7 +278,7 @@ def _turned(attn, keys, by):
     return ops.rotary(Tensor(keys[None]), cos, np.sign(by) * sin).data[0]
 
 
-# ------------------------------------------------------------------ adapters in
+# ------------------------------------------------------------------ back
 
 
 def import_peft(model, folder):
@@ -374,12 +292,13 @@ def import_peft(model, folder):
         ValueError: if a file is damaged, if it holds what minilora has not, if it is for a model
             of other names or shapes, or if the model carries an adapter. The model is then left
             as it was.
-        OSError: if a file cannot be read.
+        OSError: if the arrays cannot be read.
     """
     if wrappers(model):
         raise ValueError("import_peft: this model carries an adapter; detach or merge it first")
-    config, arrays, metadata = _read(folder, CONFIG, WEIGHTS)
     with said_of(folder):
+        config = read_json(Path(folder, CONFIG))
+        arrays, metadata = safetensors.mapped(Path(folder, WEIGHTS))
         for key, value in config.items():
             if key not in KNOWN and value not in (None, False, {}, []):
                 raise ValueError(f"{key} is {value!r}, which minilora has no form for")
@@ -387,94 +306,86 @@ def import_peft(model, folder):
             if config.get(key) not in (usual, None):
                 raise ValueError(f"{key} is {config[key]!r}; expected {usual!r}")
         kind = config.get("peft_type")
-        if not arrays or kind not in READERS:
-            raise ValueError(
-                f"peft_type is {kind!r}, of {len(arrays)} arrays; expected one of "
-                f"{', '.join(READERS)}, and some"
-            )
-        arrays = {key.removeprefix(BASE): a for key, a in arrays.items()}
+        if kind not in READERS or not arrays:
+            known = ", ".join(READERS)
+            raise ValueError(f"peft_type is {kind!r}, {len(arrays)} arrays; expected {known}")
+        arrays = {key.removeprefix(BASE): widened(a) for key, a in arrays.items()}
         fresh, found = READERS[kind](model, config | {MARK: metadata.get(MARK)}, arrays)
-        blank = {f"{n}.{key}": p for n, w in fresh.items() for key, p in w.learned().items()}
-        fill(blank, found)
+        fill({f"{n}.{key}": p for n, w in fresh.items() for key, p in w.learned().items()}, found)
     return wear(model, fresh)
 
 
-def _picked(config, key, target, usual):
-    """What the first pattern of `rank_pattern` or `alpha_pattern` that matches gives a layer."""
-    for pattern, value in (config.get(key) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", target):
-                return value
-        except re.error as error:
-            raise ValueError(f"{key}: {pattern!r}: {error}") from None
-    return usual
+def _read(model, arrays):
+    """[(their name, our layers by name, arrays by what they are)] for each layer in a file."""
+    places, modules, found = _places(model, NAMES), dict(model.named_modules()), {}
+    for key, a in arrays.items():
+        known = re.fullmatch(rf"(?:bert\.)?(.+?)\.({'|'.join(PARTS)})(?:\.weight)?", key)
+        if not known or known[1] not in places:
+            raise ValueError(f"{key}: no layer here has a place for it")
+        their, part = known[1], PARTS[known[2]]
+        if part == "table":
+            table, here = a, modules[places[their][0]].dense()
+            if table.shape != here.shape or np.linalg.norm(table - here) > 0.01 * np.linalg.norm(
+                here
+            ):
+                raise ValueError(f"{their}: the file has its own table, and not that of this base")
+        else:
+            found.setdefault(their, {})[part] = a
+    layers = plain(model, [n for their in found for n in places[their]], (Linear, Embedding))
+    return [(their, {n: layers[n] for n in places[their]}, own) for their, own in found.items()]
+
+
+def _parted(a, layers):
+    """An array whose rows are the features of several layers, a part for each."""
+    return np.split(a, list(accumulate(len(x.dense()) for x in layers.values()))[:-1])
 
 
 def _lora_in(model, config, arrays):
     start, marked = config.get("init_lora_weights", True), config[MARK] == "PiSSA"
     if start not in (True, False, "gaussian", "eva", "pissa"):  # others change the base, or may
         raise ValueError(f"init_lora_weights is {start!r}; expected true, false, or 'pissa'")
-    parts = {}
-    for key, a in arrays.items():
-        known = re.fullmatch(rf"(.+?)\.({'|'.join(map(re.escape, LEAVES))})", key)
-        if not known:
-            raise ValueError(f"{key}: minilora has no form for it")
-        parts.setdefault(known[1], {})[LEAVES[known[2]]] = a
-    layers = dict(model.named_modules())
-    for target in [target for target in parts if "table" in parts[target]]:
-        table, (name,) = parts[target].pop("table"), ours(target)
-        here = layers[name].dense()
-        if np.linalg.norm(table - here) > 0.01 * np.linalg.norm(here):  # or shapes that differ
-            raise ValueError(f"{target}: the file has its own table, and not that of this base")
-    parts = {target: own for target, own in parts.items() if own}
-    layers = plain(model, [name for target in parts for name in ours(target)], (Linear, Embedding))
+    kind = DoRA if config.get("use_dora") else PiSSA if marked or start == "pissa" else LoRA
     fresh, found, rng = {}, {}, np.random.default_rng(0)
-    for target, own in parts.items():
-        a, b, magnitude = own["A"], own["B"], own.get("magnitude")
-        names, r, rslora = ours(target), len(a), bool(config.get("use_rslora"))
-        if _picked(config, "rank_pattern", target, config["r"]) != r:
-            raise ValueError(f"{target}: A has {r} rows, another rank than the configuration has")
-        if start == "pissa" and len(names) > 1:
-            raise ValueError(f"{target}: one PiSSA for {', '.join(names)}, which are three here")
-        alpha = _picked(config, "alpha_pattern", target, config["lora_alpha"])
-        for name, (b_part, lengths) in zip(
-            names, _parted(layers, names, b, magnitude), strict=True
-        ):
-            table = isinstance(layers[name], Embedding)
-            kind = DoRA if config.get("use_dora") else PiSSA if marked or start == "pissa" else LoRA
-            kind, dropout = (LoRAEmbedding, 0) if table else (kind, config.get("lora_dropout") or 0)
+    for their, layers, own in _read(model, arrays):
+
+        def picked(key, usual, their=their):
+            patterns = (config.get(key) or {}).items()
+            return next((x for p, x in patterns if re.match(rf"(.*\.)?({p})$", their)), usual)
+
+        (a, b), r, rslora = (own["A"], own["B"]), len(own["A"]), bool(config.get("use_rslora"))
+        if picked("rank_pattern", config["r"]) != r:
+            raise ValueError(f"{their}: A has {r} rows; the configuration has another rank")
+        if start == "pissa" and len(layers) > 1:
+            raise ValueError(f"{their}: one PiSSA over what are {len(layers)} layers here")
+        for i, (name, layer) in enumerate(layers.items()):
+            table, part = isinstance(layer, Embedding), _parted(b, layers)[i]
             # What was stacked is parted again: a direction belongs to those that it reaches.
-            keep = b_part.any(axis=0) | ~b.any(axis=0) | (magnitude is not None)  # (r,)
+            keep = part.any(axis=0) | ~b.any(axis=0) | ("magnitude" in own)  # (r,)
             if not keep.any():
                 continue
-            own_a, own_b = a[keep], b_part[:, keep]
-            rank = len(own_a) // 2 if marked and kind is PiSSA else len(own_a)
-            settings = {"dropout": dropout, "rslora": rslora, "rng": rng}
-            w = fresh[name] = kind(layers[name], rank, alpha * _ratio(rank, r, rslora), **settings)
-            if rank < len(own_a):  # the second half is what PiSSA began with, taken away
-                began = w.scaling * (own_b[:, rank:] @ own_a[rank:])
-                w.residual = Tensor((layers[name].dense() + began).astype(w.A.dtype))
-            found |= {f"{name}.A": own_a[:rank], f"{name}.B": own_b[:, :rank]}
-            found |= {} if lengths is None else {f"{name}.magnitude": lengths}
+            part_a, part_b = a[keep], part[:, keep]
+            rank = len(part_a) // (2 if marked and kind is PiSSA and not table else 1)
+            dropout = 0 if table else config.get("lora_dropout") or 0
+            alpha = picked("alpha_pattern", config["lora_alpha"]) * _ratio(rank, r, rslora)
+            wrap = LoRAEmbedding if table else kind
+            w = fresh[name] = wrap(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
+            if rank < len(part_a):  # the second half is what PiSSA began with, taken away
+                began = w.scaling * (part_b[:, rank:] @ part_a[rank:])
+                w.residual = Tensor((layer.dense() + began).astype(w.A.dtype))
+            found |= {f"{name}.A": part_a[:rank], f"{name}.B": part_b[:, :rank]}
+            if "magnitude" in own:
+                found[f"{name}.magnitude"] = _parted(own["magnitude"], layers)[i]
     return fresh, found
-
-
-def _parted(layers, names, *arrays):
-    """Arrays whose rows are the features of several layers, parted: a list for each layer."""
-    ends = list(accumulate(len(layers[name].dense()) for name in names))[:-1]
-    return list(
-        zip(*([None] * len(names) if a is None else np.split(a, ends) for a in arrays), strict=True)
-    )
 
 
 def _ia3_in(model, config, arrays):
     fresh, found = {}, {}
-    for key, a in arrays.items():
-        names = ours(key.removesuffix(".ia3_l"))
-        layers, side = plain(model, names, (Linear,)), "in" if a.shape[0] == 1 else "out"
-        parts = _parted(layers, names, a[:, 0]) if side == "out" else [(a[0],)] * len(names)
-        for name, (scale,) in zip(names, parts, strict=True):
-            fresh[name], found[f"{name}.scale"] = IA3(layers[name], side), scale
+    for _, layers, own in _read(model, arrays):
+        scale = own["scale"]
+        out = scale.shape[0] > 1
+        parts = _parted(scale[:, 0], layers) if out else [scale[0]] * len(layers)
+        for (name, layer), part in zip(layers.items(), parts, strict=True):
+            fresh[name], found[f"{name}.scale"] = IA3(layer, "out" if out else "in"), part
     return fresh, found
 
 
@@ -485,7 +396,7 @@ def _prefix_in(model, config, arrays):
     fresh, found = {name: Prefix(attn, m, room, rng=rng) for name, attn in attns.items()}, {}
     for name, keys, values in zip(attns, parts[::2], parts[1::2], strict=True):
         found |= {f"{name}.keys": _turned(attns[name], keys, -m), f"{name}.values": values}
-    if getattr(model, "positions", None) is not None:  # as after a past of m tokens
+    if model.positions is not None:  # as after a past of m tokens
         fresh["positions"] = TokensFirst(model.positions, -m)
     return fresh, found
 
@@ -499,23 +410,3 @@ def _prompt_in(model, config, arrays):
 
 READERS = {"LORA": _lora_in, "IA3": _ia3_in}
 READERS |= {"PREFIX_TUNING": _prefix_in, "PROMPT_TUNING": _prompt_in}
-
-
-# ------------------------------------------------------------------ files
-
-
-def _read(folder, config, weights):
-    """A JSON object, and arrays and metadata, from two files in a folder."""
-    with said_of(folder):
-        found = read_json(Path(folder, config))
-        arrays, metadata = safetensors.mapped(Path(folder, weights))
-        return found, {name: widened(a) for name, a in arrays.items()}, metadata
-
-
-def _write(folder, config_name, config, weights_name, arrays, metadata):
-    """Two files in a folder: what does not change the arrays' meaning is written last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write(folder / weights_name, arrays, metadata)
-    text = json.dumps(config, indent=2) + "\n"
-    safetensors.write_whole(folder / config_name, [text.encode()])
