@@ -12,6 +12,7 @@ from minilora.compress import quantise_model
 from minilora.real import Bert, Llama, export_peft, gpt2, import_peft, open_model, save_pretrained
 from minilora.real.peft_files import CONFIG, WEIGHTS
 from minilora.surgery import put, wrappers
+from minilora.transformer import cached
 
 LLAMA = {"model_type": "llama", "vocab_size": 7, "hidden_size": 16, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 12}
@@ -201,6 +202,39 @@ def test_behind_learned_positions_what_peft_made_moves_the_tokens(tmp_path, kind
     assert (ids[:, -1] == logits(model, ids[:, :-1])[:, -1].argmax(-1)).all()
 
 
+@pytest.mark.parametrize("make", [toy, llama, a_gpt2])
+def test_a_prefix_is_a_past_as_in_peft(tmp_path, make):
+    width = {toy: 8, llama: 8, a_gpt2: 16}[make]
+    virtual = rng(4).standard_normal((3, 4 * width))
+    export_peft(ml.prefix(llama(), 3, rng=rng(1)), tmp_path)  # for its configuration
+    safetensors.write(tmp_path / WEIGHTS, {"prompt_embeddings": virtual})
+    base, past = make(), np.repeat(virtual[None], len(IDS), axis=0)  # (B, m, 2 · n_layer · d)
+    with ml.no_grad(), cached() as cache:
+        for i, block in enumerate(base.blocks):
+            at = 2 * i * width
+            cache[block.attn] = past[..., at : at + width], past[..., at + width : at + 2 * width]
+        cache.past = 3
+        wanted = base(IDS).data
+    np.testing.assert_allclose(logits(import_peft(make(), tmp_path), IDS), wanted, atol=1e-12)
+
+
+def test_bfloat16_is_widened(tmp_path):
+    export_peft(adapted(toy()), tmp_path)
+    _, arrays, _ = files(tmp_path)
+    wanted = {}
+    for name, a in arrays.items():
+        high = a.astype("<f4").view("<u4") >> 16
+        arrays[name], wanted[name] = high.astype("<u2"), (high << 16).view("<f4")
+    safetensors.write(tmp_path / WEIGHTS, arrays)
+    raw = (tmp_path / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:end].replace(b'"U16"', b'"BF16"')
+    raw = len(header).to_bytes(8, "little") + header + raw[end:]
+    (tmp_path / WEIGHTS).write_bytes(raw)
+    found = {n: p.data for n, p in import_peft(toy(), tmp_path).trainable().items()}
+    assert found["blocks.0.attn.q.A"].tolist() == wanted[f"{Q}lora_A.weight"].tolist()
+
+
 def test_all_that_came_trains_and_the_base_does_not(tmp_path):
     export_peft(adapted(toy()), tmp_path)
     model = import_peft(toy().train(), tmp_path)
@@ -372,7 +406,7 @@ def folder(tmp_path):
         ({"use_qalora": True}, "use_qalora is True"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"peft_type": "VERA"}, "peft_type is 'VERA', 8 arrays; expected one of LORA, IA3"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA', 8 arrays; expected LORA, IA3"),
         ({"peft_type": None}, "peft_type is None"),
         ({"peft_type": ["LORA"]}, "TypeError: unhashable"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2; expected 1"),
