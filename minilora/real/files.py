@@ -253,8 +253,13 @@ def _gguf(path, packed):
     """The configuration and the stored tensors of a GGUF file, and its fields."""
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name, value):  # it cuts `data` in a hundred thousand pieces, and a
+            plain = np.asarray(value) if name == "data" else value  # piece of a memmap is slow
+            super().__setattr__(name, plain)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, LookupError, TypeError, OSError, OverflowError, struct.error) as error:
         raise ValueError(f"it is damaged, or no GGUF file: {error}") from None
