@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,7 @@ def read_pairs(path):
         pairs += [tuple(parts)] if line.strip() else []
     if len(pairs) < 5:
         raise ValueError(f"{path}: it has {len(pairs)} pairs; expected 5 or more")
-    return {
-        "train": [p for i, p in enumerate(pairs) if i % 5 != 4],
-        "held_out": pairs[4::5],
-    }
+    return {"train": [p for i, p in enumerate(pairs) if i % 5 != 4], "held_out": pairs[4::5]}
 
 
 def loss(model, inputs, targets):
@@ -97,22 +95,15 @@ def converse(model, tokenizer):
     """Questions from the keyboard, until an empty line or the end of the input."""
     print("\nTalk to it; an empty line ends.")
     messages = []
-    while True:
-        try:
-            question = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            question = ""
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
-        try:
-            said = answer(model, tokenizer, messages, 80)
-        except ValueError as error:  # a long talk: begin anew
-            print(error)
-            messages.clear()
-            continue
-        messages.append({"role": "assistant", "content": said})
-        print(said)
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("you: ").strip():
+            messages.append({"role": "user", "content": question})
+            try:
+                said = answer(model, tokenizer, messages, 80)
+            except ValueError as error:  # too long a talk: it begins anew
+                said, messages = str(error), []
+            messages.append({"role": "assistant", "content": said})
+            print(said)
 
 
 def parser():
@@ -180,12 +171,8 @@ def main(argv=None):
         io.save_adapter(model, file)
         for each in export(model, args.out):
             print(f"written for PEFT: {each}")
-    look(
-        "with the adapter",
-        f"{100 * count(model, quiet=True).share:.2f}",
-        f"{file.stat().st_size / 1e6:.2f}",
-        step,
-    )
+    share, size = 100 * count(model, quiet=True).share, file.stat().st_size / 1e6
+    look("with the adapter", f"{share:.2f}", f"{size:.2f}", step)
     with detached(model):
         look("adapter off", ask=False)
     if args.chat:

@@ -6,7 +6,6 @@ one tensor at a time is brought over. Blocks of 4 or 8 bits stay packed, as a `Q
 
 import json
 import math
-import os
 import re
 import struct
 from contextlib import contextmanager
@@ -22,78 +21,56 @@ from ..surgery import put
 from .models import Bert, Llama, gpt2, opt
 from .text import from_folder, from_gguf
 
-MODELS = {"gpt2": gpt2, "opt": opt, "bert": Bert} | dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3"), Llama
-)
+MODELS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)
+MODELS |= {"gpt2": gpt2, "opt": opt, "bert": Bert}
 
-# Our names to those of transformers; {} is the number of a block. GPT-2's q, k and v are one.
-_LLAMA = {"tokens": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_LLAMA |= {
-    f"blocks.{{}}.{ours}": f"model.layers.{{}}.{theirs}"
-    for ours, theirs in {
-        "norm1": "input_layernorm",
-        "norm2": "post_attention_layernorm",
-        **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"},
-        **{f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
-        **{f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    }.items()
-}
-_GPT2 = {"tokens": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f"}
-_GPT2 |= {"head": "lm_head"} | {
-    f"blocks.{{}}.{ours}": f"transformer.h.{{}}.{theirs}"
-    for ours, theirs in {
-        "norm1": "ln_1",
-        "norm2": "ln_2",
-        **{f"attn.{x}": f"attn.c_attn.{x}" for x in "qkv"},
-        "attn.o": "attn.c_proj",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }.items()
-}
-_OPT = {"tokens": "model.decoder.embed_tokens", "positions": "model.decoder.embed_positions"}
-_OPT |= {"norm": "model.decoder.final_layer_norm", "head": "lm_head"} | {
-    f"blocks.{{}}.{ours}": f"model.decoder.layers.{{}}.{theirs}"
-    for ours, theirs in {
-        "norm1": "self_attn_layer_norm",
-        "norm2": "final_layer_norm",
-        **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
-        "attn.o": "self_attn.out_proj",
-        "mlp.up": "fc1",
-        "mlp.down": "fc2",
-    }.items()
-}
-_BERT = {
-    "tokens": "bert.embeddings.word_embeddings",
-    "positions": "bert.embeddings.position_embeddings",
-    "types": "bert.embeddings.token_type_embeddings",
-    "norm0": "bert.embeddings.LayerNorm",
-}
-_BERT |= {
-    f"blocks.{{}}.{ours}": f"bert.encoder.layer.{{}}.{theirs}"
-    for ours, theirs in {
-        "attn.q": "attention.self.query",
-        "attn.k": "attention.self.key",
-        "attn.v": "attention.self.value",
-        "attn.o": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm",
-        "mlp.up": "intermediate.dense",
-        "mlp.down": "output.dense",
-        "norm2": "output.LayerNorm",
-    }.items()
-}
-_GGUF = {"tokens": "token_embd", "norm": "output_norm", "head": "output"}
-_GGUF |= {
-    f"blocks.{{}}.{ours}": f"blk.{{}}.{theirs}"
-    for ours, theirs in {
-        "norm1": "attn_norm",
-        "norm2": "ffn_norm",
-        **{f"attn.{x}": f"attn_{x}" for x in "qkv"},
-        "attn.o": "attn_output",
-        **{f"attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
-        **{f"mlp.{x}": f"ffn_{x}" for x in ("gate", "up", "down")},
-    }.items()
-}
-NAMES = dict.fromkeys(MODELS, _LLAMA) | {"gpt2": _GPT2, "opt": _OPT, "bert": _BERT}
+
+def _table(top, prefix, block):
+    """Names to names, written as `ours=theirs`: of the whole model, and of a block {}."""
+    pairs = [pair.split("=") for pair in block.split()]
+    blocks = {f"blocks.{{}}.{ours}": f"{prefix}.{{}}.{theirs}" for ours, theirs in pairs}
+    return dict(pair.split("=") for pair in top.split()) | blocks
+
+
+_LLAMA = _table(
+    "tokens=model.embed_tokens norm=model.norm head=lm_head",
+    "model.layers",
+    "norm1=input_layernorm norm2=post_attention_layernorm attn.q=self_attn.q_proj "
+    "attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.o=self_attn.o_proj "
+    "attn.q_norm=self_attn.q_norm attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj "
+    "mlp.up=mlp.up_proj mlp.down=mlp.down_proj",
+)
+_GPT2 = _table(
+    "tokens=transformer.wte positions=transformer.wpe norm=transformer.ln_f head=lm_head",
+    "transformer.h",  # q, k and v are one layer, which _conv1d takes apart
+    "norm1=ln_1 norm2=ln_2 attn.q=attn.c_attn.q attn.k=attn.c_attn.k attn.v=attn.c_attn.v "
+    "attn.o=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj",
+)
+_OPT = _table(
+    "tokens=model.decoder.embed_tokens positions=model.decoder.embed_positions "
+    "norm=model.decoder.final_layer_norm head=lm_head",
+    "model.decoder.layers",
+    "norm1=self_attn_layer_norm norm2=final_layer_norm attn.q=self_attn.q_proj "
+    "attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.o=self_attn.out_proj mlp.up=fc1 "
+    "mlp.down=fc2",
+)
+_BERT = _table(
+    "tokens=bert.embeddings.word_embeddings positions=bert.embeddings.position_embeddings "
+    "types=bert.embeddings.token_type_embeddings norm0=bert.embeddings.LayerNorm",
+    "bert.encoder.layer",
+    "attn.q=attention.self.query attn.k=attention.self.key attn.v=attention.self.value "
+    "attn.o=attention.output.dense norm1=attention.output.LayerNorm mlp.up=intermediate.dense "
+    "mlp.down=output.dense norm2=output.LayerNorm",
+)
+_GGUF = _table(
+    "tokens=token_embd norm=output_norm head=output",
+    "blk",
+    "norm1=attn_norm norm2=ffn_norm attn.q=attn_q attn.k=attn_k attn.v=attn_v attn.o=attn_output "
+    "attn.q_norm=attn_q_norm attn.k_norm=attn_k_norm mlp.gate=ffn_gate mlp.up=ffn_up "
+    "mlp.down=ffn_down",
+)
+NAMES = dict.fromkeys(MODELS, _LLAMA) | {"gpt2": _GPT2, "opt": _OPT}
+NAMES |= {"bert": _BERT, "gguf": _GGUF}
 OFFSET = 2  # OPT's table of positions begins with two rows that no token uses
 # In files of transformers, and no part of the model: masks, tables, heads of other tasks.
 _IGNORED = ("rotary_emb.inv_freq", "position_ids", ".attn.bias", ".attn.masked_bias")
@@ -101,18 +78,15 @@ _IGNORED += ("pooler.dense.weight", "pooler.dense.bias")
 
 
 def names(kind, n_layer):
-    """The layers of a model by our names, to their names in transformers.
+    """The layers of a model by our names, to their names in transformers, or in a GGUF file.
 
     GPT-2's q, k and v, which are one layer there, have names of their own: `c_attn.q`.
 
     Args:
-        kind: the `model_type` of a configuration. n_layer: how many blocks.
+        kind: the `model_type` of a configuration, or "gguf". n_layer: how many blocks.
     """
-    return _numbered(NAMES[kind], n_layer)
-
-
-def _numbered(table, n_layer):
-    return {a.format(i): b.format(i) for a, b in table.items() for i in range(n_layer)}
+    table = NAMES[kind].items()
+    return {ours.format(i): theirs.format(i) for ours, theirs in table for i in range(n_layer)}
 
 
 class Stored(NamedTuple):
@@ -205,17 +179,12 @@ def _blank(config, stored, dtype):
 
 
 def free_memory():
-    """Bytes that this machine can still give, as far as it says so."""
+    """Bytes that this machine can still give, where it says so (Linux), else no limit."""
     try:
-        lines = dict(
-            line.split(":") for line in Path("/proc/meminfo").read_text("ascii").split("\n")[:5]
-        )
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, LookupError, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all that there is
-        except (AttributeError, OSError, ValueError):
-            return math.inf
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next(1024 * int(each.split()[1]) for each in lines if each.startswith("MemAvailable"))
 
 
 # ------------------------------------------------------------------ a folder
@@ -227,8 +196,6 @@ def _folder(path):
     kind, n = config.get("model_type"), config.get("num_hidden_layers", config.get("n_layer"))
     if kind not in NAMES:
         raise ValueError(f"its architecture is {kind!r}; expected one of {', '.join(NAMES)}")
-    if kind == "bert" and (wrong := config.get("is_decoder") or config.get("embedding_size")):
-        raise ValueError(f"this BERT is a decoder or factored ({wrong}); expected a plain encoder")
     files = [path / "model.safetensors"]
     if not files[0].exists():
         index = read_json(path / "model.safetensors.index.json")
@@ -240,7 +207,7 @@ def _folder(path):
         arrays |= safetensors.mapped(file)[0]
     if kind == "gpt2":
         arrays = dict(_conv1d(arrays))
-    ours = {_bare(b): a for a, b in _numbered(NAMES[kind], min(n, len(arrays))).items()}
+    ours = {_bare(b): a for a, b in names(kind, min(n, len(arrays))).items()}
     stored = {}
     for name, a in arrays.items():
         layer, _, part = _bare(name).rpartition(".")
@@ -294,65 +261,57 @@ def widened(a):
 # ------------------------------------------------------------------ GGUF
 
 
+# Our configuration=their field, without which there is no model.
+_FIELDS = (
+    "hidden_size=embedding_length num_hidden_layers=block_count num_attention_heads="
+    "attention.head_count intermediate_size=feed_forward_length max_position_embeddings="
+    "context_length rms_norm_eps=attention.layer_norm_rms_epsilon"
+)
+
+
 def _gguf(path, packed):
     """The configuration and the stored tensors of a GGUF file, and its fields."""
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name, value):  # it cuts `data` in a hundred thousand pieces, and a
+            plain = np.asarray(value) if name == "data" else value  # piece of a memmap is slow
+            super().__setattr__(name, plain)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, LookupError, TypeError, OSError, OverflowError, struct.error) as error:
         raise ValueError(f"it is damaged, or no GGUF file: {error}") from None
-    kind = fields.get("general.architecture")
+    kind, tensors = fields.get("general.architecture"), {t.name: t for t in reader.tensors}
     if kind not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"its architecture is {kind!r}; expected llama, qwen2 or qwen3")
-
-    def field(name, usual=None):
-        found = fields.get(f"{kind}.{name}", usual)
-        if found is None:
-            raise ValueError(f"it has no field {kind}.{name}")
-        return found
-
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    d, n_head = field("embedding_length"), field("attention.head_count")
-    d_head = field("attention.key_length", d // n_head)
-    kv = field("attention.head_count_kv", n_head)
-    config = {
-        "model_type": kind,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "hidden_size": d,
-        "num_hidden_layers": field("block_count"),
-        "num_attention_heads": n_head,
-        "num_key_value_heads": kv,
-        "head_dim": d_head,
-        "intermediate_size": field("feed_forward_length"),
-        "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        # Llama's own files have biases on all four, or on none
-        "attention_bias": kind == "llama" and "blk.0.attn_output.bias" in tensors,
-    }
-    scaling = field("rope.scaling.type", "none")
-    if field("rope.dimension_count", d_head) != d_head or field("expert_count", 0):
+    own = {x.removeprefix(f"{kind}."): value for x, value in fields.items() if x.startswith(kind)}
+    config = {ours: own[theirs] for ours, theirs in (x.split("=") for x in _FIELDS.split())}
+    n_head, n = config["num_attention_heads"], config["num_hidden_layers"]
+    n_kv = own.get("attention.head_count_kv", n_head)
+    d_head = own.get("attention.key_length", config["hidden_size"] // n_head)
+    config |= {"model_type": kind, "vocab_size": len(fields["tokenizer.ggml.tokens"])}
+    config |= {"num_key_value_heads": n_kv, "head_dim": d_head}
+    config |= {"rope_theta": own.get("rope.freq_base", 10000.0)}
+    config |= {"tie_word_embeddings": "output.weight" not in tensors}
+    # a Llama has biases on all four of its attention's layers, or on none
+    config |= {"attention_bias": kind == "llama" and "blk.0.attn_output.bias" in tensors}
+    if own.get("rope.dimension_count", d_head) != d_head or own.get("expert_count"):
         raise ValueError("it has experts, or heads of which a part turns; expected neither")
-    if scaling == "linear":
-        config["rope_scaling"] = {"type": "linear", "factor": field("rope.scaling.factor")}
-    elif scaling != "none":
-        config["rope_scaling"] = {"type": scaling}  # which the model will refuse
+    if own.get("rope.scaling.type", "none") != "none":  # but for linear, the model will refuse
+        scaling = {"type": own["rope.scaling.type"], "factor": own.get("rope.scaling.factor")}
+        config["rope_scaling"] = scaling
     if "rope_freqs.weight" in tensors:
         factors = tensors.pop("rope_freqs.weight").data.tolist()
         config["rope_scaling"] = {"type": "factors", "factors": factors}
-    ours, stored = (
-        {b: a for a, b in _numbered(_GGUF, min(config["num_hidden_layers"], len(tensors))).items()},
-        {},
-    )
+    ours, stored = {b: a for a, b in names("gguf", min(n, len(tensors))).items()}, {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        layer, rows = ours.get(layer, layer), None
+        layer, rows = ours.get(layer, layer), slice(None)
         if kind == "llama" and layer.endswith(("attn.q", "attn.k")):
             # Here feature 2i turns against 2i + 1; ours, i against i + d_head / 2: rows move.
-            rows = np.arange((n_head if layer[-1] == "q" else kv) * d_head)
+            rows = np.arange((n_head if layer[-1] == "q" else n_kv) * d_head)
             rows = rows.reshape(-1, d_head // 2, 2).swapaxes(1, 2).reshape(-1)
         keep = packed and layer.startswith("blocks.") and part == "weight"
         stored[f"{layer}.{part}"] = _tensor(gguf, tensor, rows, keep)
@@ -363,17 +322,16 @@ _BLOCK = {"Q4_0": (4, 2), "Q4_1": (4, 4), "Q8_0": (8, 2)}  # bits, and the bytes
 
 
 def _tensor(gguf, tensor, rows, keep):
-    """A tensor of a GGUF file as `Stored`. rows: the order to take its rows in, or None."""
+    """A tensor of a GGUF file as `Stored`. rows: which to take, in which order."""
     kind, shape = tensor.tensor_type, tuple(int(n) for n in tensor.shape[::-1])
+    bits = _BLOCK[kind.name][0] if keep and kind.name in _BLOCK else 0
 
     def read():
-        data = tensor.data if rows is None else tensor.data[rows]
-        data = np.asarray(data)
-        if not keep or kind.name not in _BLOCK:
-            return gguf.quants.dequantize(data, kind).reshape(shape)
-        return packed_blocks(data, kind.name, shape)
+        data = np.asarray(tensor.data)[rows]
+        if bits:
+            return packed_blocks(data, kind.name, shape)
+        return gguf.quants.dequantize(data, kind).reshape(shape)
 
-    bits = _BLOCK[kind.name][0] if keep and kind.name in _BLOCK else 0
     return Stored(shape, bits and math.prod(shape) * (bits + 2) // 8, read)
 
 
@@ -390,13 +348,10 @@ def packed_blocks(data, kind, shape):
     """
     bits, head = _BLOCK[kind]
     blocks = data.reshape(-1, head + 4 * bits)  # (N, bytes of a block)
-    scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)[:, 0]  # (N,)
-    codes = blocks[:, head:]
-    if bits == 4:  # the first 16 codes are in the lower halves of the bytes
-        codes = np.concatenate([codes & 15, codes >> 4], axis=1)  # (N, 16) -> (N, 32)
-        zero = scale * -8
-        if kind == "Q4_1":
-            zero = np.ascontiguousarray(blocks[:, 2:4]).view("<f2").astype(np.float32)[:, 0]
-        return Quantised(pack(codes, 4), scale, shape, 4, 32, "affine", zero)
-    codes = codes ^ 128  # a signed byte, and 128 more
-    return Quantised(codes.reshape(-1), scale, shape, 8, 32, "affine", scale * -128)
+    halves = np.ascontiguousarray(blocks[:, :head]).view("<f2").astype(np.float32)  # (N, 1 or 2)
+    scale, codes = halves[:, 0], blocks[:, head:]
+    if bits == 8:  # a signed byte, and 128 more
+        return Quantised((codes ^ 128).reshape(-1), scale, shape, 8, 32, "affine", scale * -128)
+    codes = np.concatenate([codes & 15, codes >> 4], axis=1)  # lower halves first: (N, 32)
+    zero = halves[:, 1] if kind == "Q4_1" else scale * -8
+    return Quantised(pack(codes, 4), scale, shape, 4, 32, "affine", zero)

@@ -24,9 +24,6 @@ class RMSNorm(Module):
     def forward(self, x):
         return ops.rms_norm(x, self.weight, self.eps)  # (…, d) -> (…, d)
 
-    def __repr__(self):
-        return f"RMSNorm({self.weight.size})"
-
 
 # ------------------------------------------------------------------ Llama
 

@@ -32,7 +32,7 @@ from ..nn import Embedding, Linear
 from ..peft import IA3, DoRA, LoRA, LoRAEmbedding, PiSSA, Prefix, Prompt, TokensFirst, WithoutPrompt
 from ..surgery import plain, wear, wrappers
 from ..tensor import Tensor
-from .files import NAMES, OFFSET, names, read_json, said_of, widened
+from .files import MODELS, OFFSET, names, read_json, said_of, widened
 from .models import OPT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -138,8 +138,8 @@ def export_peft(model, folder, family=None, base=None):
     kinds = {type(w).__name__ for w in found.values()}
     inside = {id(p) for w in found.values() for p in w.learned().values()}
     beside = [name for name, p in model.trainable().items() if id(p) not in inside]
-    if family not in NAMES:
-        raise ValueError(f"family is {family!r}; expected one of {', '.join(NAMES)}")
+    if family not in MODELS:
+        raise ValueError(f"family is {family!r}; expected one of {', '.join(MODELS)}")
     if beside or not found:
         what = f"{beside[0]} trains outside of an adapter" if beside else "it carries no adapter"
         raise ValueError(f"export_peft: {what}; PEFT has no form for this model")
@@ -317,7 +317,7 @@ def import_peft(model, folder):
 
 def _read(model, arrays):
     """[(their name, our layers by name, arrays by what they are)] for each layer in a file."""
-    places, modules, found = _places(model, NAMES), dict(model.named_modules()), {}
+    places, modules, found = _places(model, MODELS), dict(model.named_modules()), {}
     for key, a in arrays.items():
         known = re.fullmatch(rf"(?:bert\.)?(.+?)\.({'|'.join(PARTS)})(?:\.weight)?", key)
         if not known or known[1] not in places:
