@@ -12,6 +12,6 @@ if [ -z "$python" ]; then
     "$(command -v python3 || command -v python)" -m venv "$scratch"
     python=$scratch/bin/python
     [ -x "$python" ] || python=$scratch/Scripts/python # Windows
-    "$python" -m pip install -q torch==2.13.0 transformers peft -e .
+    "$python" -m pip install -q torch==2.13.0 transformers peft tqdm pytest
 fi
 HF_HUB_OFFLINE=1 PYTHONPATH=. "$python" -W ignore tests/peft_oracle.py "${@:2}"
