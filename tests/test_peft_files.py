@@ -89,15 +89,18 @@ def test_a_toy_s_adapter_comes_back_to_the_bit(tmp_path, dtype, recipe):
     assert settings[0] == settings[1]
 
 
-def test_pissa_goes_out_as_twice_the_rank_and_comes_back_as_itself(tmp_path):
-    model = shake(RECIPES["pissa"](toy()), size=0.2)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_goes_out_as_twice_the_rank_and_comes_back_as_itself(tmp_path, rslora):
+    model = ml.lora(toy(), 2, rslora=rslora, variant=ml.PiSSA, rng=rng(1))
+    shake(model, size=0.2)
     delta = wrappers(model)["blocks.0.attn.q"].delta()
     export_peft(model, tmp_path)
     config, arrays, _ = files(tmp_path)
     name = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_{}.weight"
     update = arrays[name.format("B")] @ arrays[name.format("A")]
-    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 16, True)
-    np.testing.assert_allclose(update * config["lora_alpha"] / config["r"], delta, atol=1e-12)
+    assert (config["r"], config["init_lora_weights"]) == (4, True)
+    scaling = config["lora_alpha"] / (2 if rslora else 4)
+    np.testing.assert_allclose(update * scaling, delta, atol=1e-12)
     assert type(wrappers(import_peft(toy(), tmp_path))["blocks.0.attn.q"]) is ml.PiSSA
     safetensors.write(tmp_path / WEIGHTS, arrays, {"format": "pt"})  # as PEFT would save it
     plain = wrappers(import_peft(toy(), tmp_path))["blocks.0.attn.q"]
@@ -155,6 +158,14 @@ def test_gpt2_s_one_layer_for_three(tmp_path):
     np.testing.assert_allclose(update, np.concatenate([q, 0 * q, v]), atol=1e-12)
     found = wrappers(import_peft(a_gpt2(), tmp_path))
     assert {n[-4:]: w.r for n, w in found.items()} == {"tn.q": 2, "tn.v": 3}
+
+
+@pytest.mark.parametrize("make, ranks", [(toy, {2}), (a_gpt2, {4})])
+def test_an_adapter_that_is_still_at_its_start_goes_too(tmp_path, make, ranks):
+    export_peft(ml.lora(make(), 2, rng=rng(1)), tmp_path)  # B is zero: it could be anyone's
+    model = import_peft(make(), tmp_path)
+    assert {w.r for w in wrappers(model).values()} == ranks
+    assert (logits(model, IDS) == logits(make(), IDS)).all()
 
 
 def test_llama_s_prefix_turns_as_far_as_peft_moves_the_tokens(tmp_path):
