@@ -124,6 +124,23 @@ def test_tables_and_the_head(tmp_path, make):
     same_arrays(weights(import_peft(make(), tmp_path)), weights(model))
 
 
+def test_dropout_is_for_layers_and_not_for_tables(tmp_path):
+    export_peft(adapted(toy(), targets=("tokens", "*.q")), tmp_path / "a")
+    change(tmp_path / "a", lora_dropout=0.25)
+    model = import_peft(toy(), tmp_path / "a")
+    found = {type(w): w.dropout for w in wrappers(model).values()}
+    assert found == {ml.LoRA: 0.25, ml.LoRAEmbedding: 0}
+    export_peft(model, tmp_path / "b")
+    assert files(tmp_path / "b")[0]["lora_dropout"] == 0.25
+
+
+def test_gpt2_s_pissa_comes_back_as_itself(tmp_path):
+    model = shake(RECIPES["pissa"](a_gpt2()), size=0.2)
+    export_peft(model, tmp_path)
+    found = wrappers(import_peft(a_gpt2(), tmp_path))
+    assert {(type(w), w.r) for w in found.values()} == {(ml.PiSSA, 2)}
+
+
 def test_what_peft_saves_beside_an_adapter_of_tables_must_be_the_base_s(tmp_path):
     model = adapted(toy(), targets=("tokens", "*.q"))
     export_peft(model, tmp_path)

@@ -118,7 +118,7 @@ def export_peft(model, folder, family=None, base=None):
 
     Args:
         model: with one kind of adapter. PiSSA goes out as the update that it stands for, a LoRA
-            of rank 2r on the whole base; `import_peft` makes PiSSA of it again, but on a GPT-2.
+            of rank 2r on the whole base; `import_peft` makes PiSSA of it again.
         folder: made if it is not there.
         family: whose names the layers get: opt, gpt2, llama, mistral, qwen2, qwen3 or bert; the
             model's own if not given, and opt for the toy.
@@ -153,7 +153,7 @@ def export_peft(model, folder, family=None, base=None):
         raise TypeError(f"export_peft: PEFT has no form for {' with '.join(sorted(kinds))}")
     config |= {"base_model_name_or_path": base and str(base), "inference_mode": True}
     config |= {"task_type": "FEATURE_EXTRACTION" if family == "bert" else "CAUSAL_LM"}
-    mark = {MARK: "PiSSA"} if kinds == {"PiSSA"} and family != "gpt2" else {}
+    mark = {MARK: "PiSSA"} if kinds == {"PiSSA"} else {}
     _write(folder, (CONFIG, WEIGHTS), config, arrays, mark)
 
 
