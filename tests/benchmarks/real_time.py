@@ -80,7 +80,8 @@ def peft():
 
 def work(kind):
     """Answer each line, `step` or `generate`, with the seconds it took and the peak so far."""
-    jobs = dict(zip(("step", "generate"), peft() if kind == "peft" else ours(kind == "packed")))
+    step, generate = peft() if kind == "peft" else ours(kind == "packed")
+    jobs = {"step": step, "generate": generate}
     print("ready", flush=True)
     for line in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -94,6 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--jobs", nargs="+", default=["step", "generate"])
     parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -108,7 +110,7 @@ def main():
         )
         if running[kind].stdout.readline() != "ready\n":  # it has said why
             del running[kind]
-    for job in ("step", "generate"):
+    for job in args.jobs:
         found = {kind: [] for kind in running}
         for i in range(args.rounds + 1):
             for kind, process in running.items():
