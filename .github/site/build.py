@@ -282,6 +282,7 @@ def main():
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "_site")
     parser.add_argument("--runtime", type=Path, help=f"a folder with Pyodide; else from {PYODIDE}")
     parser.add_argument("--repository", default="https://github.com/example/minilora")
+    parser.add_argument("--only", nargs="+", metavar="NN", default=[""], help="these notebooks")
     parser.add_argument("--no-lite", action="store_true", help="only pages and slides, to look at")
     args = parser.parse_args()
     out, work = args.out.resolve(), args.out.resolve().with_name(args.out.name + ".work")
@@ -293,6 +294,7 @@ def main():
         print(f"{time.perf_counter() - start:6.1f} s  {what}", flush=True)
 
     paths = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    paths = [path for path in paths if path.name.startswith(tuple(args.only))]
 
     def read():
         return {path.stem: nbformat.read(path, as_version=4) for path in paths}

@@ -84,7 +84,7 @@ def exporter(template):
     """nbconvert's slides by our template."""
     config = Config(
         TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-input"}},
-        SlidesExporter={"reveal_url_prefix": "reveal"},
+        SlidesExporter={"reveal_url_prefix": "reveal", "reveal_theme": "white"},
     )
     return SlidesExporter(
         config=config, template_name=template.name, extra_template_basedirs=[str(template.parent)]
