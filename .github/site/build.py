@@ -174,7 +174,7 @@ def pages(work, out, notebooks, repository, lite):
 def decks(out, notebooks):
     """Slides of each notebook."""
     folder = out / "slides"
-    (folder / "reveal/theme").mkdir(parents=True)
+    (folder / "reveal").mkdir(parents=True)
     for name, nb in notebooks.items():
         title = nb.cells[0].source.partition("\n")[0].strip("# ")
         nb.cells = [c for c in nb.cells if not INSTALL.fullmatch(c.source.strip())]
@@ -183,12 +183,10 @@ def decks(out, notebooks):
         text = text.replace('<div class="reveal">', f'<div class="reveal">{home}', 1)
         (folder / f"{name}.html").write_text(text, "utf-8")
     reveal = node_modules() / "reveal.js" / "dist"
-    for name in ("reveal.js", "reveal.css", "theme/white.css"):
-        text = (reveal / name).read_text("utf-8")
-        # the theme's own letters would be 200 kB more; those of the system do as well
-        (folder / "reveal" / name).write_text(re.sub(r"@import url\([^)]*\);", "", text), "utf-8")
-    for name in ("slides.css", "slides.js"):
-        shutil.copy(HERE / "slides" / name, folder)
+    for path in (reveal / "reveal.js", reveal / "reveal.css"):
+        shutil.copy(path, folder / "reveal")
+    for path in (HERE / "slides/slides.css", HERE / "slides/slides.js"):
+        shutil.copy(path, folder)
 
 
 # --- in the browser --------------------------------------------------------------------------
@@ -231,7 +229,7 @@ def pyodide(target, work, runtime):
     lock = json.loads((work / "pyodide-lock.json").read_text())
     waiting, packages = list(NEEDED), {}
     while waiting:
-        name = waiting.pop()
+        name = waiting.pop().replace("_", "-")
         if name not in packages:
             packages[name] = found = lock["packages"][name]
             waiting.extend(found["depends"])
