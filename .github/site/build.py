@@ -29,7 +29,7 @@ from slides import slides
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full"
-NEEDED = ["ipython", "matplotlib", "micropip", "numpy", "sqlite3", "ssl"]  # with what they need
+NEEDED = ["ipython", "jedi", "matplotlib", "micropip", "numpy", "sqlite3", "ssl"]  # with what they need
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
 INSTALL = re.compile(r"try:\n    import minilora as ml\nexcept ImportError:.*", re.S)
 
@@ -93,6 +93,18 @@ def page(nb, name, repository, lite):
     return nb
 
 
+def tidy(text):
+    """A built page without what is loaded for nothing: a way to run cells elsewhere, icons twice."""
+    for pattern in (
+        r"<script>const THEBE_JS_URL.*?</script>",
+        r'<script[^>]*(sphinx-thebe\.js|fontawesome)[^>]*></script>',
+        r"<link[^>]*(sphinx-thebe\.css)[^>]*>",
+        r'<script type="text/x-thebe-config">.*?</script>',
+    ):
+        text = re.sub(pattern, "", text, flags=re.S)
+    return text
+
+
 def headline(path):
     """The front page's figure, from the stored runs; returns its alternative text."""
     sys.path.insert(0, str(ROOT))
@@ -142,11 +154,9 @@ def pages(work, out, notebooks, repository, lite):
         toc["parts"].append({"caption": "For a class", "chapters": [{"file": "teaching"}]})
     (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), "utf-8")
     static = source / "_static"
-    (static / "mathjax").mkdir(parents=True)
+    static.mkdir()
     shutil.copy(HERE / "site.css", static)
-    mathjax = node_modules() / "mathjax" / "es5"
-    shutil.copy(mathjax / "tex-mml-chtml.js", static / "mathjax")
-    shutil.copytree(mathjax / "output/chtml/fonts", static / "mathjax/output/chtml/fonts")
+    shutil.copy(HERE / "site.js", static)
     config = {
         "title": "minilora",
         "author": "the minilora authors",
@@ -160,14 +170,22 @@ def pages(work, out, notebooks, repository, lite):
                 "mathjax_path": "mathjax/tex-mml-chtml.js",
                 "suppress_warnings": ["mystnb.unknown_mime_type", "myst.header", "myst.xref_missing"],
                 "html_show_copyright": False,
-                "nb_render_image_options": {},
+                "html_copy_source": False,
             }
         },
     }
     (source / "_config.yml").write_text(yaml.safe_dump(config), "utf-8")
     book = shutil.which("jupyter-book", path=str(Path(sys.executable).parent)) or "jupyter-book"
     said = run(book, "build", source, "--path-output", work)
-    shutil.copytree(work / "_build/html", out, ignore=shutil.ignore_patterns("_sources", ".buildinfo"))
+    spare = shutil.ignore_patterns("_sources", ".buildinfo", "*macros.html", "sphinx-thebe.*")
+    shutil.copytree(work / "_build/html", out, ignore=spare)
+    # only now, since the builder would load each script that it finds
+    mathjax = node_modules() / "mathjax" / "es5"
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(mathjax / fonts, out / "_static/mathjax" / fonts)
+    shutil.copy(mathjax / "tex-mml-chtml.js", out / "_static/mathjax")
+    for path in out.glob("*.html"):
+        path.write_text(tidy(path.read_text("utf-8")), "utf-8")
     return re.findall(r".*WARNING.*", said)
 
 

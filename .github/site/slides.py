@@ -84,7 +84,7 @@ def exporter(template):
     """nbconvert's slides by our template."""
     config = Config(
         TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-input"}},
-        SlidesExporter={"reveal_url_prefix": "reveal"},
+        SlidesExporter={"reveal_url_prefix": "reveal", "exclude_anchor_links": True},
     )
     return SlidesExporter(
         config=config, template_name=template.name, extra_template_basedirs=[str(template.parent)]
@@ -106,5 +106,5 @@ def slides(nb, title, template):
                 picture = hashlib.sha256(base64.b64decode(output.data["image/png"])).hexdigest()
                 output.metadata["image/png"]["src"] = f"../_images/{picture}.png"
     page = exporter(template).from_notebook_node(nb)[0]
-    page = re.sub(r'<link rel="stylesheet" href="[^"]*" id="theme">', "", page)  # ours is enough
+    page = re.sub(r'<link[^>]* id="theme"[^>]*>', "", page)  # ours is enough
     return page.replace("reveal/dist/", "reveal/")
