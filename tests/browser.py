@@ -173,6 +173,8 @@ STATE = """() => {
   const cells = [...Array(model.cells.length).keys()].map(i => model.cells.get(i).toJSON());
   return {cells, status: shown.sessionContext?.session?.kernel?.status ?? "none"};
 }"""
+READY = f"() => ({STATE})()?.status === 'idle'"
+PATIENCE = 900_000  # milliseconds; on a busy machine a start can take minutes
 
 
 def text_of(cell):
@@ -184,40 +186,48 @@ def text_of(cell):
     return "".join(texts)
 
 
+def cpu(browser):
+    """Seconds of processor time that the browser has had: what is fair on a busy machine."""
+    session = browser.new_browser_cdp_session()
+    seconds = sum(p["cpuTime"] for p in session.send("SystemInfo.getProcessInfo")["processInfo"])
+    session.detach()
+    return seconds
+
+
 def wait_until_run(page, limit):
-    """Until every code cell has run and the kernel is idle; the state, and the seconds it took."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < limit:
-        page.wait_for_timeout(500)
+    """Until every code cell has run and the kernel is idle, or `limit` seconds of processor time."""
+    browser, start = page.context.browser, cpu(page.context.browser)
+    while (took := cpu(browser) - start) < limit:
+        page.wait_for_timeout(1000)
         state = page.evaluate(STATE)
         code = [c for c in state["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
         if state["status"] == "idle" and all(c["execution_count"] for c in code):
             break
-    return state, time.perf_counter() - start
+    return state, took
 
 
 def check_run(context, url, path, limit):
     """From the front page to a notebook that runs; what it prints is what is stored."""
-    page = context.new_page()
-    Handler.sent, start = 0, time.perf_counter()
+    page, browser = context.new_page(), context.browser
+    Handler.sent, start, before = 0, time.perf_counter(), cpu(browser)
     page.goto(f"{url}/index.html")
     page.locator(".door").first.click()
-    page.locator(f'.bd-sidebar-primary a[href="{path.stem}.html"], h1:has-text("{path.stem[:2]} ·")').first.click()
+    if path.stem not in page.url:
+        page.locator(f'.bd-sidebar-primary a[href="{path.stem}.html"]').first.click()
     page.wait_for_url(f"**/{path.stem}.html*")
     button = page.locator(".ways a.run").last  # the edition that is filled in
     edition = button.get_attribute("href").partition("path=")[2]
     button.click()
-    page.wait_for_function(f"() => ({STATE})()?.status === 'idle'", timeout=180_000)
+    page.wait_for_function(READY, timeout=PATIENCE)
     page.evaluate("window.jupyterapp.commands.execute('editmenu:clear-all')")
-    first = time.perf_counter() - start
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
     page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
     page.wait_for_function(
-        f"() => ({STATE})().cells.some(c => c.execution_count && c.outputs.length)", timeout=300_000
+        f"() => ({STATE})().cells.some(c => c.execution_count && c.outputs.length)", timeout=PATIENCE
     )
-    printed = time.perf_counter() - start
-    told(f"{path.stem}: kernel ready after {first:.0f} s, first output after {printed:.0f} s, "
-         f"{Handler.sent / 1e6:.0f} MB")  # fmt: skip
+    told(
+        f"{path.stem}: first output {time.perf_counter() - start:.0f} s after the front page, "
+        f"{cpu(browser) - before:.0f} s of processor time, {Handler.sent / 1e6:.0f} MB"
+    )
     state, took = wait_until_run(page, limit)
     stored = json.loads(path.read_text("utf-8"))["cells"]
     shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c["cell_type"] == "code"}
@@ -232,9 +242,9 @@ def check_run(context, url, path, limit):
             told_here, there = text_of(cell)[-300:], shown[source][-300:]
             wrong(path.stem, f"cell {i} prints {there!r} in the browser; stored is {told_here!r}")
     done = sum(bool(c.get("execution_count")) for c in state["cells"])
-    told(f"{path.stem}: {done} cells in {printed - first + took:.0f} s, {same} as stored ({edition})")
+    told(f"{edition}: {done} cells, {took:.0f} s of processor time, {same} as stored")
     if took >= limit:
-        wrong(path.stem, f"is not through after {limit} s")
+        wrong(path.stem, f"is not through after {limit:.0f} s of processor time")
     page.close()
 
 
@@ -247,7 +257,7 @@ def check_gap(context, url, path):
         return
     page = context.new_page()
     page.goto(f"{url}/lite/notebooks/index.html?path=student/{path.name}")
-    page.wait_for_function(f"() => ({STATE})()?.status === 'idle'", timeout=180_000)
+    page.wait_for_function(READY, timeout=PATIENCE)
     page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
     state, _ = wait_until_run(page, 600)
     at = next(i for i, c in enumerate(state["cells"]) if "# your lines" in "".join(c["source"]))
@@ -273,7 +283,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path)
     parser.add_argument("run", nargs="*", metavar="NN", help="notebooks to run in the browser")
-    parser.add_argument("--limit", type=float, default=240, help="seconds that one may take")
+    parser.add_argument("--limit", type=float, default=240, help="processor seconds each may take")
     args = parser.parse_args()
     site = args.site.resolve()
     check_files(site)

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full"
 NEEDED = ["ipython", "jedi", "matplotlib", "micropip", "numpy", "sqlite3", "ssl"]  # with what they need
+HOME = "example/minilora"  # as the notebooks' line on installing has it
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
 INSTALL = re.compile(r"try:\n    import minilora as ml\nexcept ImportError:.*", re.S)
 
@@ -61,12 +62,11 @@ def node_modules():
 
 def ways(name, repository, lite):
     """The row of links above a notebook."""
-    place = repository.removeprefix("https://github.com/")
     links = [
         ("Slides", f"slides/{name}.html"),
-        ("Colab", f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb"),
-        ("Binder", f"https://mybinder.org/v2/gh/{place}/main?urlpath=lab/tree/notebooks/{name}.ipynb"),
-        ("Source", f"{repository}/blob/main/notebooks/{name}.ipynb"),
+        ("Colab", f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"),
+        ("Binder", f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}.ipynb"),
+        ("Source", f"https://github.com/{repository}/blob/main/notebooks/{name}.ipynb"),
     ]
     run_here = "".join(
         f'<a class="run" href="lite/notebooks/index.html?path={edition}/{name}.ipynb">{words}</a>'
@@ -163,7 +163,7 @@ def pages(work, out, notebooks, repository, lite):
         "copyright": "",
         "execute": {"execute_notebooks": "off"},
         "only_build_toc_files": True,
-        "repository": {"url": repository, "branch": "main", "path_to_book": "notebooks"},
+        "repository": {"url": f"https://github.com/{repository}", "branch": "main", "path_to_book": "notebooks"},
         "html": {"use_repository_button": True, "use_multitoc_numbering": False},
         "sphinx": {
             "config": {
@@ -210,20 +210,24 @@ def decks(out, notebooks):
 # --- in the browser --------------------------------------------------------------------------
 
 
-def editions(folder):
+def editions(folder, paths, repository):
     """Write the editions to run; returns {folder: words on the button}."""
     sys.path.insert(0, str(ROOT))
     try:
         from minilora import editions as made
+
+        words = {"student": "Run in the browser", "solution": "with solutions"}
     except ImportError:  # there is only one
-        shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("[!0-9]*"))
-        return {"notebooks": "Run in the browser"}
-    for edition in ("student", "solution"):
+        words = {"notebooks": "Run in the browser"}
+    for edition in words:
         (folder / edition).mkdir(parents=True)
-        for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-            nb = getattr(made, edition)(made.read(path))
-            (folder / edition / path.name).write_text(json.dumps(nb, ensure_ascii=False, indent=1), "utf-8")
-    return {"student": "Run in the browser", "solution": "with solutions"}
+        for path in paths:
+            text = path.read_text("utf-8")
+            if edition != "notebooks":
+                text = json.dumps(getattr(made, edition)(made.read(path)), ensure_ascii=False, indent=1)
+            text = text.replace(f"github.com/{HOME}", f"github.com/{repository}")
+            (folder / edition / path.name).write_text(text + "\n" * (text[-1] != "\n"), "utf-8")
+    return words
 
 
 def fetch(name, runtime, target, sha256=None):
@@ -297,7 +301,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "_site")
     parser.add_argument("--runtime", type=Path, help=f"a folder with Pyodide; else from {PYODIDE}")
-    parser.add_argument("--repository", default="https://github.com/example/minilora")
+    parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY", HOME))
     parser.add_argument("--only", nargs="+", metavar="NN", default=[""], help="these notebooks")
     parser.add_argument("--no-lite", action="store_true", help="only pages and slides, to look at")
     args = parser.parse_args()
@@ -315,7 +319,7 @@ def main():
     def read():
         return {path.stem: nbformat.read(path, as_version=4) for path in paths}
 
-    buttons = editions(work / "content")
+    buttons = editions(work / "content", paths, args.repository)
     warnings = pages(work, out, read(), args.repository, {} if args.no_lite else buttons)
     told(f"{len(paths)} pages, {len(warnings)} warnings")
     print(*warnings[:20], sep="\n")
