@@ -46,4 +46,4 @@ from .peft import (
 )
 from .io import load_adapter, load_base, load_eval, load_model, save_adapter, save_model
 from .train import History, Score, evaluate, fit, task_batches
-from .lecture import Prediction, check, number, show
+from .lecture import Prediction, check, digest, gap, number, show

@@ -1,34 +1,216 @@
-"""What every notebook uses: recorded predictions, numbers that are safe to print, figures."""
+"""What every notebook uses: predictions that wait, gaps to fill, safe numbers, figures."""
 
+import hashlib
 import io
+import json
 import math
-from numbers import Integral, Real
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .tensor import Tensor
 
 
 class Prediction:
-    """A guess that is written down before the result is known.
+    """A guess that the reader writes down before the result is known.
 
     Args:
-        what: the quantity, with its unit. guess: a number or a word.
+        what: the quantity, with its unit, in words that no other prediction uses.
+        guess: a number or a word; without one the prediction waits, and the notebook runs on.
+
+    The first guess that met its result is kept in a file, so that running the notebook again
+    brings it back and a later one does not take its place; `Prediction.forget()` clears it. The
+    file is `.minilora-guesses.json` in the reader's home, or what MINILORA_GUESSES names; with
+    that set to nothing, or where nothing can be written, no guess is kept.
 
     Example:
         >>> guess = Prediction("rank that suffices", 4)
         I predict: rank that suffices = 4
         >>> guess.score(1)
-        rank that suffices: predicted 4, it is 1.
+        rank that suffices: predicted 4, it is 1: 4 times too high.
     """
 
-    def __init__(self, what, guess):
-        self.what, self.guess = what, guess
-        print(f"I predict: {what} = {guess}")
+    def __init__(self, what, guess=None):
+        self.what = what
+        self.guess = _kept().get(what) if guess is None else _plain(guess)
+        if self.guess is None:
+            print(f"{what}: your guess goes in as a second argument. Then run this cell again.")
+        else:
+            print(f"I predict: {what} = {_told(self.guess)}")
 
     def score(self, result, digits=3):
-        """Print the guess beside the result."""
-        is_float = isinstance(result, Real) and not isinstance(result, Integral)
-        told = "as it is"
-        if self.guess != result:
-            told = f"it is {number(result, digits) if is_float else result}"
-        print(f"{self.what}: predicted {self.guess}, {told}.")
+        """Say what it is, and how far off the guess was."""
+        result = _plain(result)
+        is_ = f"it is {number(result, digits) if isinstance(result, float) else _told(result)}"
+        if self.guess is None:
+            print(f"{self.what}: no prediction yet; {is_}.")
+            return
+        first = _keep(self.what, self.guess)
+        now = "" if first == self.guess else f" at first (now {_told(self.guess)})"
+        same = first == result or _told(first).strip().lower() == _told(result).lower()
+        found = "as it is" if same else is_ + _off(first, result)
+        print(f"{self.what}: predicted {_told(first)}{now}, {found}.")
+
+    @staticmethod
+    def forget():
+        """Forget every guess that was kept."""
+        if _guesses():
+            _guesses().unlink(missing_ok=True)
+
+
+def _guesses():
+    """The file that keeps guesses, or None."""
+    name = os.environ.get("MINILORA_GUESSES", str(Path("~/.minilora-guesses.json").expanduser()))
+    return Path(name) if name else None
+
+
+def _kept():
+    """The guesses that were kept: what to guess."""
+    try:
+        kept = json.loads(_guesses().read_text("utf-8")) if _guesses() else {}
+        return kept if isinstance(kept, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(what, guess):
+    """Keep this guess, unless there is an earlier one, and return the first."""
+    kept = _kept()
+    if what not in kept and _guesses():
+        kept[what] = guess
+        try:
+            _guesses().write_text(json.dumps(kept, ensure_ascii=False, indent=1), "utf-8")
+        except OSError:  # a folder that can only be read
+            pass
+    return kept.get(what, guess)
+
+
+def _plain(x):
+    """x as JSON gives it back, so that a kept guess compares like a new one."""
+    own = json.dumps(x, default=lambda y: y.tolist() if hasattr(y, "tolist") else str(y))
+    return json.loads(own)
+
+
+def _told(x):
+    """A guess or a result in words."""
+    return f"{x:,}" if isinstance(x, (int, float)) and not isinstance(x, bool) else str(x)
+
+
+def _off(guess, result):
+    """How far a guess is from the result, both plain, if they are numbers."""
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (guess, result)):
+        return ""
+    side = "high" if guess > result else "low"
+    if guess * result <= 0:
+        return f": too {side} by {abs(guess - result):,.3g}"
+    factor = max(guess / result, result / guess)
+    if factor >= 2:
+        return f": {factor:,.3g} times too {side}"
+    return f": too {side} by {abs(guess / result - 1):.0%}"
+
+
+def gap(mine, right, use, hint=""):
+    """Try lines that a reader wrote, say what is off, and return the function to go on with.
+
+    Args:
+        mine: the reader's function. It returns None as long as nothing is written.
+        right: a function that does the same.
+        use: takes either and returns what to compare: numbers, arrays, tensors, words, modules,
+            and lists and dictionaries of them. It must leave no trace, since it is called twice.
+        hint: a sentence for lines that are wrong.
+
+    Returns:
+        `mine` if it does what `right` does, to 1e-6 of the largest number, and else `right`.
+
+    Example:
+        >>> double = gap(lambda x: x + x, lambda x: 2 * x, lambda f: f(np.ones(3)))
+        Right.
+    """
+    nothing = []
+
+    def watched(*args, **kwargs):
+        result = mine(*args, **kwargs)
+        nothing.append(result is None)
+        return result
+
+    want = dict(_leaves(use(right)))
+    try:
+        wrong = _difference(dict(_leaves(use(watched))), want)
+    except Exception as error:  # whatever the reader wrote
+        wrong = f"{type(error).__name__}: {error}"
+        nothing.append(isinstance(error, NotImplementedError))
+    if not wrong:
+        print("Right.")
+        return mine
+    if any(nothing):
+        print("No answer yet: your lines go in place of the dots, and end on a return.")
+    else:
+        print(f"Not yet: {wrong}." + (f" Hint: {hint}" if hint else ""))
+    print("What follows goes on with a right one.")
+    return right
+
+
+def _leaves(x, where=""):
+    """(place, array) for every value in what a function returned."""
+    if hasattr(x, "named_parameters"):
+        x = dict(x.named_parameters())
+    if isinstance(x, (list, tuple)):
+        x = dict(enumerate(x))
+    if isinstance(x, dict):
+        for key, value in x.items():
+            yield from _leaves(value, f"{where}[{key!r}]")
+    else:
+        yield where, np.asarray(x.data if isinstance(x, Tensor) else x)
+
+
+def _difference(got, want):
+    """What is off, in words: the shape, or how far at most and where; empty if nothing is."""
+    if set(got) != set(want):
+        return f"it returns {len(got)} values; expected {len(want)}"
+    for place, right in want.items():
+        mine, named = got[place], f"{place} " if place else ""
+        if mine.shape != right.shape:
+            return f"{named}the shape is {mine.shape}; expected {right.shape}"
+        if right.dtype.kind not in "biuf" or mine.dtype.kind not in "biuf":
+            if not np.array_equal(mine, right):
+                return f"{named}it is {mine}; expected something else"
+            continue
+        mine, right = mine.astype(float), right.astype(float)
+        same = (mine == right) | np.isnan(mine) & np.isnan(right)  # two infinities, too
+        off = np.where(same, 0, np.abs(np.where(same, 0, mine) - np.where(same, 0, right)))
+        off = np.where(np.isnan(off), np.inf, off)
+        far = off > 1e-6 * np.abs(right[np.isfinite(right)]).max(initial=0)
+        if far.any():
+            at = [int(i) for i in np.unravel_index(off.argmax(), off.shape)]
+            return (
+                f"{named}{far.sum():,} of {far.size:,} numbers differ; "
+                f"the largest difference is {off.max():.2g}, at {at}"
+            )
+    return ""
+
+
+def digest(answer):
+    """Eight letters that stand for an answer, so that a check need not show it.
+
+    Args:
+        answer: a whole number, a word, a truth, a number that counts to three digits, or a list
+            or tuple of these.
+
+    Raises:
+        ValueError: if a number is on a rounding boundary.
+    """
+    return hashlib.sha256(_spelled(answer).encode()).hexdigest()[:8]
+
+
+def _spelled(x):
+    """An answer in one spelling: 3 and 3.0 are the same, and so are "B" and " b"."""
+    x = _plain(x)
+    if isinstance(x, list):
+        return f"[{', '.join(map(_spelled, x))}]"
+    if isinstance(x, float):
+        return str(int(x)) if x.is_integer() else number(x)
+    return str(x).strip().lower()
 
 
 def check(answer, test, hint):
@@ -36,14 +218,15 @@ def check(answer, test, hint):
 
     Args:
         answer: what the student wrote, or `None` for nothing yet.
-        test: takes the answer and returns whether it is right; an error counts as wrong.
+        test: takes the answer and returns whether it is right, where an error counts as wrong; or
+            the `digest` of the right answer.
         hint: a sentence for an answer that is wrong.
     """
     if answer is None:
         print("No answer yet: put yours in place of None, and run this cell again.")
         return
     try:
-        right, why = bool(test(answer)), ""
+        right, why = digest(answer) == test if isinstance(test, str) else bool(test(answer)), ""
     except Exception as error:
         right, why = False, f" ({type(error).__name__}: {error})"
     print("Right." if right else f"Not yet{why}. Hint: {hint}")
