@@ -24,21 +24,34 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from slides import slides
+from slides import alt, picture, slides
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full"
-NEEDED = ["ipython", "jedi", "matplotlib", "micropip", "numpy", "sqlite3", "ssl"]  # with what they need
+NEEDED = [
+    "ipython",
+    "jedi",
+    "matplotlib",
+    "micropip",
+    "numpy",
+    "sqlite3",
+    "ssl",
+]  # with what they need
 HOME = "example/minilora"  # as the notebooks' line on installing has it
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
+MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION *\n?", re.M)
 INSTALL = re.compile(r"try:\n    import minilora as ml\nexcept ImportError:.*", re.S)
 
 
 def run(*command, cwd=ROOT, **env):
     """Run a command; its words are shown only if it fails."""
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+        [str(word) for word in command],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -64,8 +77,14 @@ def ways(name, repository, lite):
     """The row of links above a notebook."""
     links = [
         ("Slides", f"slides/{name}.html"),
-        ("Colab", f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"),
-        ("Binder", f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}.ipynb"),
+        (
+            "Colab",
+            f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb",
+        ),
+        (
+            "Binder",
+            f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}.ipynb",
+        ),
         ("Source", f"https://github.com/{repository}/blob/main/notebooks/{name}.ipynb"),
     ]
     run_here = "".join(
@@ -77,19 +96,22 @@ def ways(name, repository, lite):
 
 
 def page(nb, name, repository, lite):
-    """A notebook for the page builder: with links, alternative text, and no line on installing."""
-    nb.cells = [c for c in nb.cells if not INSTALL.fullmatch(c.source.strip())]
-    nb.cells = [c for c in nb.cells if c.metadata.get("slideshow", {}).get("slide_type") != "notes"]
+    """A notebook for the page builder: with links, alternative texts, and gaps folded away."""
+    nb.cells = [
+        cell
+        for cell in nb.cells
+        if not INSTALL.fullmatch(cell.source.strip())
+        and cell.metadata.get("slideshow", {}).get("slide_type") != "notes"
+    ]
     title, _, rest = nb.cells[0].source.partition("\n")
     nb.cells[0].source = f"{title}\n\n{ways(name, repository, lite)}\n{rest}"
     for cell in nb.cells:
-        alts = [
-            output.metadata["image/png"].get("alt", "")
-            for output in cell.get("outputs", [])
-            if "image/png" in output.get("metadata", {})
-        ]
+        if MARKER.search(cell.source):
+            cell.source = MARKER.sub("", cell.source)
+            cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "hide-input"]
+        alts = [alt(output) for output in cell.get("outputs", ()) if picture(output)]
         if alts:  # one picture a cell is the rule
-            cell.metadata["mystnb"] = {"image": {"alt": " ".join(alts).replace("\n", " ")}}
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(alts)}}
     return nb
 
 
@@ -97,7 +119,7 @@ def tidy(text):
     """A built page without what is loaded for nothing: a way to run cells elsewhere, icons twice."""
     for pattern in (
         r"<script>const THEBE_JS_URL.*?</script>",
-        r'<script[^>]*(sphinx-thebe\.js|fontawesome)[^>]*></script>',
+        r"<script[^>]*(sphinx-thebe\.js|fontawesome)[^>]*></script>",
         r"<link[^>]*(sphinx-thebe\.css)[^>]*>",
         r'<script type="text/x-thebe-config">.*?</script>',
     ):
@@ -115,7 +137,9 @@ def headline(path):
     from minilora import compare, io, plots, tasks
 
     found = compare.by_distance(compare.load(io.DATA / "compare.json"))
-    shown = [m for m in ("full", "lora", "adapter", "ia3", "prefix", "bitfit", "token row") if m in found]
+    shown = [
+        m for m in ("full", "lora", "adapter", "ia3", "prefix", "bitfit", "token row") if m in found
+    ]
     words = {"elicit": "a skill it has", "compose": "two it has", "build": "one it lacks"}
     fan = {
         way: {f"{place}:\n{words.get(place, '')}": found[way][place] for place in tasks.DISTANCES}
@@ -125,7 +149,9 @@ def headline(path):
     fig.savefig(path, metadata={"Date": None})
     last = {way: 100 * np.mean(found[way]["build"]) for way in shown}
     ends = ", ".join(f"{way} {last[way]:.0f}%" for way in sorted(last, key=last.get, reverse=True))
-    return f"Lines that start together where a skill is elicited and fan out to building one: {ends}."
+    return (
+        f"Lines that start together where a skill is elicited and fan out to building one: {ends}."
+    )
 
 
 def pages(work, out, notebooks, repository, lite):
@@ -138,8 +164,8 @@ def pages(work, out, notebooks, repository, lite):
     edition = next(iter(lite), None)
     door = f"lite/notebooks/index.html?path={edition}/{first}.ipynb" if edition else f"{first}.html"
     front = (HERE / "front.md").read_text("utf-8")
-    alt = headline(source / "headline.svg")
-    front = front.format(first=first, run=door, repository=repository, alt=alt)
+    words = headline(source / "headline.svg")
+    front = front.format(first=first, run=door, repository=repository, alt=words)
     (source / "index.md").write_text(front, "utf-8")
     chapters = {}
     for name in notebooks:
@@ -163,12 +189,22 @@ def pages(work, out, notebooks, repository, lite):
         "copyright": "",
         "execute": {"execute_notebooks": "off"},
         "only_build_toc_files": True,
-        "repository": {"url": f"https://github.com/{repository}", "branch": "main", "path_to_book": "notebooks"},
+        "repository": {
+            "url": f"https://github.com/{repository}",
+            "branch": "main",
+            "path_to_book": "notebooks",
+        },
         "html": {"use_repository_button": True, "use_multitoc_numbering": False},
         "sphinx": {
+            "recursive_update": True,
             "config": {
+                "html_theme_options": {"use_download_button": False},
                 "mathjax_path": "mathjax/tex-mml-chtml.js",
-                "suppress_warnings": ["mystnb.unknown_mime_type", "myst.header", "myst.xref_missing"],
+                "suppress_warnings": [
+                    "mystnb.unknown_mime_type",
+                    "myst.header",
+                    "myst.xref_missing",
+                ],
                 "html_show_copyright": False,
                 "html_copy_source": False,
             }
@@ -196,13 +232,15 @@ def decks(out, notebooks):
     for name, nb in notebooks.items():
         title = nb.cells[0].source.partition("\n")[0].strip("# ")
         nb.cells = [c for c in nb.cells if not INSTALL.fullmatch(c.source.strip())]
+        for cell in nb.cells:
+            cell.source = MARKER.sub("", cell.source)
         text = slides(nb, title, HERE / "slides")
         home = f'<a class="home" href="../{name}.html">{html.escape(title)}</a>'
         text = text.replace('<div class="reveal">', f'<div class="reveal">{home}', 1)
         (folder / f"{name}.html").write_text(text, "utf-8")
-    reveal = node_modules() / "reveal.js" / "dist"
-    for path in (reveal / "reveal.js", reveal / "reveal.css"):
-        shutil.copy(path, folder / "reveal")
+    reveal = node_modules() / "reveal.js"
+    for file in ("dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js"):
+        shutil.copy(reveal / file, folder / "reveal")
     for path in (HERE / "slides/slides.css", HERE / "slides/slides.js"):
         shutil.copy(path, folder)
 
@@ -224,7 +262,9 @@ def editions(folder, paths, repository):
         for path in paths:
             text = path.read_text("utf-8")
             if edition != "notebooks":
-                text = json.dumps(getattr(made, edition)(made.read(path)), ensure_ascii=False, indent=1)
+                text = json.dumps(
+                    getattr(made, edition)(made.read(path)), ensure_ascii=False, indent=1
+                )
             text = text.replace(f"github.com/{HOME}", f"github.com/{repository}")
             (folder / edition / path.name).write_text(text + "\n" * (text[-1] != "\n"), "utf-8")
     return words
@@ -245,7 +285,13 @@ def fetch(name, runtime, target, sha256=None):
 def pyodide(target, work, runtime):
     """The Python of the browser with what notebooks import, minilora's own wheel among it."""
     target.mkdir(parents=True)
-    for name in ("pyodide.js", "pyodide.mjs", "pyodide.asm.js", "pyodide.asm.wasm", "python_stdlib.zip"):
+    for name in (
+        "pyodide.js",
+        "pyodide.mjs",
+        "pyodide.asm.js",
+        "pyodide.asm.wasm",
+        "python_stdlib.zip",
+    ):
         fetch(name, runtime, target)
     fetch("pyodide-lock.json", runtime, work)
     lock = json.loads((work / "pyodide-lock.json").read_text())

@@ -4,6 +4,7 @@ import base64
 import copy
 import functools
 import hashlib
+import html
 import math
 import re
 
@@ -21,24 +22,44 @@ def tagged(nb):
     return any(cell.metadata.get("slideshow", {}).get("slide_type") for cell in nb.cells)
 
 
+def picture(output):
+    """The bytes of an output's picture and their file's ending, or None."""
+    data = output.get("data", {})
+    if "image/svg+xml" in data:
+        return "\n".join("".join(data["image/svg+xml"]).splitlines()).encode(), "svg"
+    if "image/png" in data:
+        return base64.b64decode(data["image/png"]), "png"
+    return None
+
+
+def alt(output):
+    """The words that go with a picture."""
+    given = output.get("metadata", {}).get("image/png", {}).get("alt")
+    words = given or "".join(output["data"].get("text/plain", "")).removeprefix("Figure: ")
+    return " ".join(words.split())
+
+
 def height(cell):
     """About how many pixels a cell takes, and of these its outputs."""
     if cell.cell_type != "code":
         lines = [line for line in cell.source.split("\n") if line.strip()]
-        text = sum(math.ceil(len(line) / 105) for line in lines) * 33 + 16 * cell.source.count("\n\n")
+        text = sum(math.ceil(len(line) / 105) for line in lines) * 33 + 16 * cell.source.count(
+            "\n\n"
+        )
         return text + 60 * cell.source.count("$$") // 2, 0
     below = 0
     for output in cell.outputs:
         text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
-        picture = "image/png" in output.get("data", {})
-        below += 500 if picture else 22 * (text.count("\n") + 1)
+        below += 500 if picture(output) else 22 * (text.count("\n") + 1)
     return 22 * (cell.source.count("\n") + 1) + 16 + below, below
 
 
 def pieces(cell):
     """A cell as parts that may stand on different slides: sections and paragraphs, code, outputs."""
     if cell.cell_type != "code":
-        fences = re.split(r"(^```.*?^```$|^\$\$.*?\$\$)", FOLDED.sub("", cell.source), flags=re.M | re.S)
+        fences = re.split(
+            r"(^```.*?^```$|^\$\$.*?\$\$)", FOLDED.sub("", cell.source), flags=re.M | re.S
+        )
         for i, part in enumerate(fences):
             for text in [part] if i % 2 else re.split(r"\n\n+", part):
                 # a heading has its own part, since it starts a slide
@@ -65,7 +86,9 @@ def cut(nb):
             skipping = bool(LEFT_OUT.match(part.source))
         if skipping or part.source.lstrip().startswith("<"):
             continue
-        needs = height(part)[1] if "hide-input" in part.metadata.get("tags", ()) else height(part)[0]
+        needs = (
+            height(part)[1] if "hide-input" in part.metadata.get("tags", ()) else height(part)[0]
+        )
         kind = "slide" if heading or needs > room else "-"
         if kind == "slide":
             # two headings in a row share a slide
@@ -102,9 +125,10 @@ def slides(nb, title, template):
     for i, cell in enumerate(nb.cells):
         cell.id = f"s{i}"
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                picture = hashlib.sha256(base64.b64decode(output.data["image/png"])).hexdigest()
-                output.metadata["image/png"]["src"] = f"../_images/{picture}.png"
+            if found := picture(output):
+                name = f"{hashlib.sha256(found[0]).hexdigest()}.{found[1]}"
+                words = html.escape(alt(output))
+                output.data = {"text/html": f'<img alt="{words}" src="../_images/{name}">'}
     page = exporter(template).from_notebook_node(nb)[0]
     page = re.sub(r'<link[^>]* id="theme"[^>]*>', "", page)  # ours is enough
     return page.replace("reveal/dist/", "reveal/")

@@ -14,5 +14,6 @@ Reveal.on("slidechanged", fit);
 const start = () => Reveal.initialize({
   width: 1280, height: 720, margin: 0, center: false, hash: true, controls: true, progress: true,
   slideNumber: "c/t", transition: "none", viewDistance: 1, navigationMode: "linear",
+  plugins: [RevealNotes], // S shows what to say
 });
 window.addEventListener("load", () => MathJax.startup.promise.then(start)); // formulas have heights
