@@ -164,7 +164,8 @@ def check_slides(context, url, names):
             scale, bottom, right, text = page.evaluate(
                 """() => {
                 const s = Reveal.getCurrentSlide(), z = +s.dataset.scale;
-                return [z, s.scrollHeight * z, s.scrollWidth * z, s.innerText.trim().slice(0, 40)]; }"""
+                return [z, s.scrollHeight * z, s.scrollWidth * z, s.innerText.trim().slice(0, 40)];
+                }"""
             )
             scales.append(scale)
             if bottom > 720 or right > 1281:
@@ -208,7 +209,7 @@ def cpu(browser):
 
 
 def wait_until_run(page, limit):
-    """Until every code cell has run, or for `limit` seconds of processor time; state and seconds."""
+    """Until every cell has run, or for `limit` seconds of processor time; state and seconds."""
     browser, start = page.context.browser, cpu(page.context.browser)
     while (took := cpu(browser) - start) < limit:
         page.wait_for_timeout(1000)

@@ -116,7 +116,7 @@ def page(nb, name, repository, lite):
 
 
 def tidy(text):
-    """A built page without what is loaded for nothing: a way to run cells elsewhere, icons twice."""
+    """A built page without what it loads for nothing: cells that run elsewhere, icons twice."""
     for pattern in (
         r"<script>const THEBE_JS_URL.*?</script>",
         r"<script[^>]*(sphinx-thebe\.js|fontawesome)[^>]*></script>",
@@ -207,7 +207,7 @@ def pages(work, out, notebooks, repository, lite):
                 ],
                 "html_show_copyright": False,
                 "html_copy_source": False,
-            }
+            },
         },
     }
     (source / "_config.yml").write_text(yaml.safe_dump(config), "utf-8")

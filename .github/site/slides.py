@@ -55,7 +55,7 @@ def height(cell):
 
 
 def pieces(cell):
-    """A cell as parts that may stand on different slides: sections and paragraphs, code, outputs."""
+    """A cell as parts that may stand on different slides: paragraphs, code, outputs."""
     if cell.cell_type != "code":
         fences = re.split(
             r"(^```.*?^```$|^\$\$.*?\$\$)", FOLDED.sub("", cell.source), flags=re.M | re.S
