@@ -17,22 +17,10 @@ from .tensor import no_grad
 from .train import Score, evaluate, fit
 
 # The rows of the table, and a learning rate that serves each; the recipes are those of `compare`.
-RATES = {
-    "full": 4e-3,
-    "lora": 1e-2,
-    "adapter": 2e-2,
-    "ia3": 1e-1,
-    "bitfit": 1e-1,
-    "token row": 1e-1,
-}
-MORE = {
-    "dora": 1e-2,
-    "pissa": 5e-3,
-    "pfeiffer": 2e-2,
-    "parallel": 2e-2,
-    "prefix": 2e-2,
-    "prompt": 1e-1,
-}
+RATES = {"full": 4e-3, "lora": 1e-2, "adapter": 2e-2}
+RATES |= {"ia3": 1e-1, "bitfit": 1e-1, "token row": 1e-1}
+MORE = {"dora": 1e-2, "pissa": 5e-3, "pfeiffer": 2e-2}
+MORE |= {"parallel": 2e-2, "prefix": 2e-2, "prompt": 1e-1}
 
 # method -> recipe, which takes (model, grams): what `observe` saw of the inputs of each layer
 COMPRESSION = {
@@ -174,11 +162,7 @@ def skills(model):
 
 
 def squeeze(method, base, grams, steps, seed):
-    """Compress a copy of the base by one method, then train what is left on the base's own skills.
-
-    Returns:
-        What its row of the table says.
-    """
+    """Compress the base by one method, train what is left on its skills; its row of the table."""
     model, known = io.load_base(np.float32), list(tasks.SKILLS)
     COMPRESSION[method](model, grams)
     before, history = skills(model), None

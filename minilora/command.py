@@ -18,8 +18,7 @@ class Parser(argparse.ArgumentParser):
     def writable(self, path, size=2**20):
         """Leave with an error unless a file of `size` bytes can be written at `path`.
 
-        To be called before the work: otherwise a full disk, a folder in place of the file, or a
-        missing one shows when the work is done and cannot be kept. What is there stays.
+        To be called before the work, which could not be kept otherwise. What is there stays.
         """
         try:
             if path.exists() and not path.is_file():
@@ -49,9 +48,7 @@ def whole(low, high):
 def table(columns, rows):
     """Rows as text, the first column flush left, the others flush right.
 
-    Args:
-        columns: the head of each, of one line or two, to a template of its cells.
-        rows: dictionaries that fill the templates.
+    `columns` maps heads, of one line or two, to templates of their cells, which the rows fill.
     """
     heads = [[head.partition("\n")[i] for head in columns] for i in (0, 2)]
     lines = heads + [[cell.format(**row) for cell in columns.values()] for row in rows]

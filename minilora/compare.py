@@ -110,12 +110,10 @@ def key(row):
 
 
 def run(task, method, budget, examples, steps, lr, seed):
-    """Train once and score.
+    """Train once and score: on the validation set for a tuning seed, else on the test set.
 
-    Returns:
-        A dictionary: the arguments, the size, how many numbers train and how many are kept (of a
-        prefix, what its MLP computes), the loss at the end of training, and the score: on the
-        validation set for a tuning seed, on the test set for the others.
+    Returns the arguments, the size, how many numbers train and how many are kept (of a prefix,
+    what its MLP computes), the score, and the loss at the end of training.
     """
     size, special = dict(points(method))[budget], METHODS[method].optimizer
     model = prepared(method, size, seed)
@@ -190,13 +188,10 @@ PLAN = {"distances": middle, "few examples": few, "three times as long": longer,
 
 
 def choose(lrs, seen):
-    """The best of some learning rates, and what must be run before it can be named.
+    """The best of some learning rates, or None, and the (rate, seed) to run before it can be named.
 
-    Args:
-        lrs: rates, rising by factors of two. seen: (rate, seed) to (exact match, -loss).
-
-    Returns:
-        The rate, or None, and the (rate, seed) still to run. The best is never at an edge.
+    `lrs` rise by factors of two; `seen` maps (rate, seed) to (exact match, -loss). The best is
+    never at an edge.
     """
     lrs, (first, second) = list(lrs), TUNING_SEEDS
     while True:
@@ -276,21 +271,16 @@ def by_distance(rows):
 
 def story():
     """What decides the numbers: runs that differ in it do not stand in one file."""
-    sums = {
-        f: hashlib.sha256((io.DATA / f"{f}.safetensors").read_bytes()) for f in ("base", "eval")
-    }
     found = {"command": "python -m minilora.compare", "minilora": version("minilora")}
     found |= {"numpy": np.__version__, "batch_size": BATCH}
-    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
+    for name in ("base", "eval"):
+        data = (io.DATA / f"{name}.safetensors").read_bytes()
+        found[name] = hashlib.sha256(data).hexdigest()[:16]
+    return found
 
 
 def load(path, made_by=None):
-    """The finished runs in a file, or none if there is no file.
-
-    Raises:
-        ValueError: if the file is damaged, or holds something else, or if what made it differs
-            from `made_by`.
-    """
+    """The finished runs in a file, none if there is no file; `made_by` must be what made them."""
     if not path.exists():
         return []
     try:
@@ -302,10 +292,8 @@ def load(path, made_by=None):
         raise ValueError(f"{path} is damaged, or holds no runs") from None
     if made_by is not None and found != made_by:
         name = next(n for n in {**made_by, **found} if made_by.get(n) != found.get(n))
-        raise ValueError(
-            f"the runs in {path} were made with {name} {found.get(name)}; here is "
-            f"{made_by.get(name)}, and they do not mix"
-        )
+        both = f"{name} {found.get(name)}; here is {made_by.get(name)}"
+        raise ValueError(f"the runs in {path} were made with {both}, and they do not mix")
     return list(rows.values())
 
 
@@ -340,9 +328,8 @@ def spread(values):
 def told(rows):
     """The tables of what the rows say, as text."""
     parts = ["Exact match in %, the mean over tasks: mean (lowest-highest) of five seeds.\n"]
-    columns = {"method": "{method}", "numbers": "{numbers:,}"} | {
-        d: f"{{{d}}}" for d in tasks.DISTANCES
-    }
+    columns = {"method": "{method}", "numbers": "{numbers:,}"}
+    columns |= {d: f"{{{d}}}" for d in tasks.DISTANCES}
     numbers = {(r["method"], r["budget"]): r["kept"] for r in rows}
     lines = [
         {"method": m, "numbers": next(numbers[m, b] for b in MIDDLE if (m, b) in numbers)}

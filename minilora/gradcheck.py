@@ -13,19 +13,13 @@ def check_vjp(f, *arrays, rng=None, trials=3, eps=1e-6, tol=1e-6):
     One pair checks every element of the Jacobian at once, with probability 1.
 
     Args:
-        f: takes as many tensors as there are `arrays` and returns a tensor.
-        arrays: the point at which to check.
+        f: takes as many tensors as there are `arrays`, the point at which to check.
         rng: a `numpy.random.Generator` for the directions; `default_rng(0)` if not given.
         trials: how many pairs of directions.
         eps: the step of the central difference.
         tol: the largest error allowed, relative to the size of the two sides.
 
-    Returns:
-        The largest error found.
-
-    Raises:
-        AssertionError: if an error is above `tol`, if it is not finite, or if a gradient has a
-            shape other than its input's.
+    Returns the largest error found; one that is above `tol`, or no number, is an AssertionError.
     """
     rng = rng or np.random.default_rng(0)
     arrays = [np.asarray(a, np.float64) for a in arrays]
@@ -49,9 +43,7 @@ def check_vjp(f, *arrays, rng=None, trials=3, eps=1e-6, tol=1e-6):
         pushed = np.sum(u * (ahead - behind)) / (2 * eps)
         error = abs(pulled - pushed) / max(1.0, abs(pulled), abs(pushed))
         if not error <= tol:
-            raise AssertionError(
-                f"check_vjp: backward gives {pulled:.6g}, differences give {pushed:.6g} "
-                f"(error {error:.1e}, allowed {tol:.0e})"
-            )
+            both = f"backward gives {pulled:.6g}, differences give {pushed:.6g}"
+            raise AssertionError(f"check_vjp: {both} (error {error:.1e}, allowed {tol:.0e})")
         worst = max(worst, error)
     return float(worst)

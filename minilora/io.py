@@ -26,37 +26,30 @@ def save_model(model, path):
     """Write a whole `Transformer` to one file. Atomic: a crash leaves the old file whole.
 
     Compressed layers are written as they are stored, and a matrix with so many zeros that a
-    bitmap makes it smaller as bitmap and values: the file is as small as the model is.
-
-    Raises:
-        ValueError: if the model carries an adapter: merge or detach it first.
-        TypeError: if `load_model` could not build the model, as when layers share their factors.
+    bitmap makes it smaller as bitmap and values: the file is as small as the model is. An adapter
+    must be merged or detached first, and what `load_model` could not build is refused.
     """
     if wrappers(model):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
     arrays, layers = _parts(model)
     blank = Transformer(**model.config, rng=None)
-    shapes = [{n: p.shape for n, p in _dense(m, layers).items()} for m in (model, blank)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
-        raise TypeError(f"save_model: {odd} has no form for a file, which holds a Transformer")
+    if odd := _odd(_dense(model, layers), _dense(blank, layers)):
+        raise TypeError(f"save_model: {odd[0]} has no form for a file, which holds a Transformer")
     sparse = {}
     for name, a in list(arrays.items()):
-        if a.ndim == 2 and a.dtype.kind == "f" and name.endswith(".weight"):
-            zeros = 1 - np.count_nonzero(a) / a.size
-            if zeros > compress.break_even_sparsity(8 * a.itemsize):
-                sparse[name] = list(arrays.pop(name).shape)
-                arrays[f"{name}.bits"], arrays[f"{name}.values"] = compress.to_bitmap(a)
+        zeros = 1 - np.count_nonzero(a) / a.size
+        if name.endswith(".weight") and zeros > compress.break_even_sparsity(8 * a.itemsize):
+            sparse[name] = list(arrays.pop(name).shape)
+            arrays[f"{name}.bits"], arrays[f"{name}.values"] = compress.to_bitmap(a)
+    tables = {"layers": layers, "sparse": sparse}
     metadata = {"format": MODEL, "config": json.dumps(model.config)}
-    extras = {"layers": layers, "sparse": sparse}
-    metadata |= {key: json.dumps(value) for key, value in extras.items() if value}
+    metadata |= {key: json.dumps(table) for key, table in tables.items() if table}
     safetensors.write(path, arrays, metadata)
 
 
 def _parts(model):
     """What a model stores, by name in the plain model, and the forms of its compressed layers."""
-    arrays = {_plain(name): p.data for name, p in model.named_parameters()}
-    layers = {}
+    arrays, layers = {_plain(name): p.data for name, p in model.named_parameters()}, {}
     for name, layer in model.named_modules():
         if type(layer).__name__ in compress.LAYERS:
             own = _plain(f"{name}.")
@@ -72,13 +65,9 @@ def _dense(model, layers):
 
 
 def load_model(path, dtype=None):
-    """Read a `Transformer` from a file that `save_model` wrote.
+    """Read a `Transformer` from a file that `save_model` wrote, as stored or in another dtype.
 
-    Args:
-        path: the file. dtype: float32 or float64; as stored if not given.
-
-    Raises:
-        ValueError: if the file is damaged, is not a model's, or does not fit its configuration.
+    A ValueError names the file if it is damaged, or no model's, or does not fit its configuration.
     """
     arrays, metadata = _read(path, MODEL)
     config, layers, sparse = (_json(path, metadata, key) for key in ("config", "layers", "sparse"))
@@ -91,12 +80,13 @@ def load_model(path, dtype=None):
         if not 1 <= config["n_layer"] <= len(arrays):
             raise ValueError(f"n_layer is {config['n_layer']}, for {len(arrays)} tensors")
         model = Transformer(**config, rng=None, dtype=dtype)  # no memory is taken yet
+        modules = dict(model.named_modules())
         for name, form in layers.items():
+            old = modules[name]
             own = {k: arrays.pop(k) for k in list(arrays) if k.startswith(f"{name}.")}
             own = {key.removeprefix(f"{name}."): a for key, a in own.items()}
-            old = dict(model.named_modules())[name]
             layer = compress.LAYERS[form["kind"]].restore(own, form, dtype)
-            if not isinstance(old, Linear) or layer.shape != (old.d_out, old.d_in):
+            if not isinstance(old, Linear) or layer.shape != old.shape:
                 raise ValueError(f"{name} is {layer!r}; expected {old!r}")
             put(model, name, layer)
         _fill(_dense(model, layers), arrays)
@@ -107,31 +97,21 @@ def save_adapter(model, path):
     """Write the wrappers of a model, and what else trains in it, to one file. Atomic.
 
     After full fine-tuning that is every weight; after `lora` it is A and B of each layer, frozen
-    or not.
-
-    Raises:
-        ValueError: if there is nothing to save.
-        TypeError: if the model carries a wrapper that `load_adapter` could not put back, such as
-            a mask.
+    or not. A wrapper that `load_adapter` could not put back, such as a mask, is refused.
     """
     on = wrappers(model)
-    for name, wrapper in on.items():
-        if type(wrapper).__name__ not in peft.WRAPPERS:
-            raise TypeError(
-                f"save_adapter: {name} is {type(wrapper).__name__}, which is no adapter; merge, "
-                "then save_model"
-            )
+    kinds = {name: type(wrapper).__name__ for name, wrapper in on.items()}
+    if odd := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in peft.WRAPPERS]:
+        raise TypeError(f"save_adapter: {odd[0]}, which is no adapter; merge, then save_model")
     kept = {f"{name}.{key}": p for name, w in on.items() for key, p in w.learned().items()}
     kept |= model.trainable()
     if not kept:
         raise ValueError("save_adapter: nothing trains in this model, so there is nothing to save")
     arrays = {_plain(name): p.data for name, p in kept.items()}
+    forms = {name: wrapper.config() for name, wrapper in on.items()}
+    metadata = {"format": ADAPTER, "wrappers": json.dumps(forms)}
+    metadata["frozen"] = _fingerprint(model, arrays)
     frozen = [_plain(name) for name, p in kept.items() if not p.requires_grad]
-    metadata = {
-        "format": ADAPTER,
-        "wrappers": json.dumps({name: w.config() for name, w in on.items()}),
-        "frozen": _fingerprint(model, arrays),
-    }
     if frozen:
         metadata["still"] = json.dumps(dict.fromkeys(frozen))  # saved, and does not train
     safetensors.write(path, arrays, metadata)
@@ -140,13 +120,8 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Put an adapter that `save_adapter` wrote on a plain model, which then trains what it trained.
 
-    Returns:
-        The model, changed in place.
-
-    Raises:
-        ValueError: if the file is damaged or is not an adapter's, if the model carries an
-            adapter already, or if the adapter was made for another model; the message says what
-            differs. The model is then left as it was.
+    A ValueError names the file if it is damaged, or no adapter's, or if it was made for another
+    model, and then what differs. The model, changed in place, is left as it was on an error.
     """
     if wrappers(model):
         raise ValueError("load_adapter: this model carries an adapter; detach or merge it first")
@@ -170,9 +145,7 @@ def load_adapter(model, path):
         if found != here:
             frozen = zip(_frozen(model, arrays), here, found, strict=False)  # a digit for each
             odd = next((n for n, a, b in frozen if a != b), "the set of frozen weights")
-            raise ValueError(
-                f"made for another model: {odd} differs; load it on the base that it was trained on"
-            )
+            raise ValueError(f"made for another model: {odd} differs; load it on its own base")
         _fill(expected, arrays)
     freeze(put_all(model, fresh))
     for name, p in expected.items():
@@ -191,12 +164,10 @@ def _fingerprint(model, kept):
 
     float32, so that a float64 copy has the same.
     """
-    sums = [
-        hashlib.sha256(
-            name.encode() + a.astype("<f4" if a.dtype.kind == "f" else a.dtype).tobytes()
-        ).hexdigest()
-        for name, a in _frozen(model, kept).items()
-    ]
+    sums = []
+    for name, a in _frozen(model, kept).items():
+        data = a.astype("<f4" if a.dtype.kind == "f" else a.dtype).tobytes()
+        sums.append(hashlib.sha256(name.encode() + data).hexdigest())
     every = hashlib.sha256("".join(sums).encode()).hexdigest()
     return "".join(s[0] for s in sums) + every[: max(0, 64 - len(sums))]
 
@@ -206,8 +177,8 @@ def load_base(dtype=np.float64, n_positions=None):
 
     Args:
         dtype: float64 for steady numbers, float32 for speed.
-        n_positions: if given, the table of positions gets rows of zeros up to this many: room
-            for a prefix or a prompt, which the base's own 17 positions leave none for.
+        n_positions: rows of zeros make the table of positions so long: room for a prefix or a
+            prompt, which the base's own 17 leave none for.
     """
     model = load_model(DATA / "base.safetensors", dtype)
     if n_positions is not None:
@@ -260,12 +231,19 @@ def _json(path, metadata, key):
     return value
 
 
+def _odd(these, those):
+    """The first name under which the arrays differ in shape, and both shapes; None if none do."""
+    for name in sorted({*these, *those}):
+        shapes = [each[name].shape if name in each else "missing" for each in (these, those)]
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
+
+
 def _fill(parameters, arrays):
     """Put arrays into parameters of the same names and shapes: all of them, or none."""
-    shapes = [{name: a.shape for name, a in each.items()} for each in (parameters, arrays)]
-    if shapes[0] != shapes[1]:
-        name = sorted(dict(set(shapes[0].items()) ^ set(shapes[1].items())))[0]
-        here, there = (each.get(name, "missing") for each in shapes)
+    if odd := _odd(parameters, arrays):
+        name, here, there = odd
         raise ValueError(f"made for another model: {name} is {there} in the file, {here} here")
     for name, a in arrays.items():
         if a.dtype.kind != "f":

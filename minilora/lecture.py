@@ -258,18 +258,29 @@ def number(x, digits=3, margin=1e-6):
     return text
 
 
-def show(fig, alt, dpi=72):
+def show(fig, alt=None, dpi=144):
     """Show a figure with a text for those who cannot see it, and close it.
 
     Args:
-        fig: a matplotlib figure. alt: one sentence that says what the figure shows.
-        dpi: dots per inch of the picture.
+        fig: a matplotlib figure, which becomes a PNG, since the last digits of an SVG of data
+            differ between machines; or a drawing or a stepper of `plots`, which is text.
+        alt: one sentence that says what the figure shows; a drawing brings its own.
+        dpi: dots per inch of a PNG. An inch of it is shown as 96 pixels of the page.
     """
     from IPython.display import display  # only notebooks need it
+
+    if hasattr(fig, "data"):
+        display(fig.data(alt), raw=True)
+        return
+    if not alt:
+        raise ValueError(f"alt is {alt!r}; expected a sentence that says what the figure shows")
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(fig)
-    data = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
-    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    png = buffer.getvalue()
+    width, height = (int.from_bytes(png[i : i + 4], "big") * 96 // dpi for i in (16, 20))
+    look = {"alt": alt, "width": width, "height": height}
+    data = {"image/png": png, "text/plain": f"Figure: {alt}"}
+    display(data, raw=True, metadata={"image/png": look})

@@ -41,29 +41,24 @@ class Module:
             raise TypeError(f"{name} is a tuple of layers or parameters; expected a list")
         super().__setattr__(name, value)
 
-    def children(self):
-        """(name, module) for each module held directly; for a list, the name is `list.0`."""
+    def own(self, kind):
+        """(name, item) for each `Module` or `Parameter` held directly, such as `blocks.0`."""
         for name, value in vars(self).items():
-            yield from ((n, item) for n, item in held(value, name) if isinstance(item, Module))
+            yield from ((n, item) for n, item in held(value, name) if isinstance(item, kind))
 
     def named_modules(self, prefix=""):
         """(dotted name, module) for this module and all below it, depth first."""
         yield prefix, self
-        for name, child in self.children():
+        for name, child in self.own(Module):
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
-
-    def own_parameters(self):
-        """(name, parameter) for each parameter held directly."""
-        for name, value in vars(self).items():
-            yield from ((n, item) for n, item in held(value, name) if isinstance(item, Parameter))
 
     def named_parameters(self):
         """(dotted name, parameter), each parameter once: a tied weight under its first name."""
         seen = set()
         for prefix, module in self.named_modules():
-            for name, p in module.own_parameters():
-                if id(p) not in seen:
-                    seen.add(id(p))
+            for name, p in module.own(Parameter):
+                if p not in seen:
+                    seen.add(p)
                     yield f"{prefix}.{name}" if prefix else name, p
 
     def parameters(self):
@@ -100,16 +95,14 @@ class Module:
             p.grad = None
 
     def __repr__(self):
-        inner = [f"{name}: {child!r}".replace("\n", "\n  ") for name, child in self.children()]
+        inner = [f"{name}: {child!r}".replace("\n", "\n  ") for name, child in self.own(Module)]
         return type(self).__name__ + "(" + "".join(f"\n  {line}" for line in inner) + ")"
 
 
 def check_rng(rng):
     """`rng` itself, if it is a generator and not a seed."""
     if not isinstance(rng, np.random.Generator):
-        raise TypeError(
-            f"rng is {rng!r}; expected a numpy.random.Generator, such as np.random.default_rng(0)"
-        )
+        raise TypeError(f"rng is {rng!r}; expected a Generator, as numpy.random.default_rng(0) is")
     return rng
 
 
@@ -127,14 +120,10 @@ def normal(rng, shape, std, dtype):
 
 
 class Linear(Module):
-    """y = x @ weight.T + bias.
+    """y = x @ weight.T + bias, with `weight` (d_out, d_in) and `bias` (d_out,) or None.
 
-    Args:
-        d_in, d_out: sizes; `weight` is (d_out, d_in), `bias` (d_out,).
-        rng: a `numpy.random.Generator`; the weight starts as N(0, std²) and the bias at zero.
-        bias: whether there is one.
-        std: 1 / sqrt(d_in) if not given, so that inputs of variance 1 give outputs of variance 1.
-        dtype: float32 or float64.
+    The weight starts as N(0, std²) and the bias at zero. `std` is 1 / sqrt(d_in) if not given, so
+    that inputs of variance 1 give outputs of variance 1.
     """
 
     def __init__(self, d_in, d_out, *, rng, bias=True, std=None, dtype=np.float32):
@@ -154,8 +143,8 @@ class Linear(Module):
         """(d_out, d_in) of the weight; with `dense`, what another form of storage must give."""
         return self.weight.shape
 
-    d_out = property(lambda self: self.shape[0], doc="Features that go out.")
-    d_in = property(lambda self: self.shape[1], doc="Features that come in.")
+    d_out = property(lambda self: self.shape[0])
+    d_in = property(lambda self: self.shape[1])
 
     def dense(self):
         """The weight as a plain array (d_out, d_in), whatever form it is stored in."""
@@ -170,14 +159,7 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """A table of `n` rows: integers (…) to vectors (…, d).
-
-    Args:
-        n, d: sizes; `weight` is (n, d), and starts as N(0, std²).
-        rng: a `numpy.random.Generator`.
-        std: the standard deviation of the start.
-        dtype: float32 or float64.
-    """
+    """A table `weight` (n, d), which starts as N(0, std²): integers (…) to vectors (…, d)."""
 
     def __init__(self, n, d, *, rng, std=0.1, dtype=np.float32):
         self.weight = normal(rng, (n, d), std, dtype)
@@ -221,10 +203,7 @@ class MLP(Module):
         self.up = Linear(d, d_ff or 4 * d, rng=rng, dtype=dtype)
         self.down = Linear(d_ff or 4 * d, d, rng=rng, dtype=dtype)
 
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.down.d_out
+    d_out = property(lambda self: self.down.d_out)
 
     def forward(self, x):
         return self.down(ops.gelu(self.up(x)))  # (…, d) -> (…, 4d) -> (…, d)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Optimizer:
-    """What moves the parameters that train; its state, by name, is a dictionary of arrays.
+    """What moves those of the `parameters` that train; its state is a dictionary of arrays.
 
     To go on another day: `safetensors.write(path, optimizer.state_arrays())` beside the model or
     the adapter, and then `optimizer.load_state(safetensors.read(path)[0])` into a new one.
@@ -34,13 +34,7 @@ class Optimizer:
 
 
 class SGD(Optimizer):
-    """p ← p - lr · g, with optional momentum.
-
-    Args:
-        parameters: those that train; the frozen ones among them are left out.
-        lr: the learning rate.
-        momentum: the share of the last step that is taken again.
-    """
+    """p ← p - lr · g; `momentum` is the share of the last step that is taken again."""
 
     def __init__(self, parameters, lr, momentum=0.0):
         self.parameters = _that_train(parameters)
@@ -65,9 +59,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay.
 
     Args:
-        parameters: those that train; the frozen ones among them are left out, so they have no
-            state and never decay.
-        lr: the learning rate.
+        parameters: the frozen ones among them are left out: no state, no decay.
         betas: how slowly the two running means forget.
         eps: keeps the division finite.
         weight_decay: each step, p shrinks by lr · weight_decay · p. For matrices and tables
@@ -82,10 +74,9 @@ class AdamW(Optimizer):
         self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, factors=None
     ):
         parameters = list(parameters)
-        self.parameters = _that_train(parameters)
-        factors = [1.0] * len(parameters) if factors is None else factors
-        pairs = zip(parameters, factors, strict=True)
+        pairs = zip(parameters, factors or [1.0] * len(parameters), strict=True)
         self.factors = [factor for p, factor in pairs if p.requires_grad]
+        self.parameters = _that_train(parameters)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.m = [np.zeros_like(p.data) for p in self.parameters]
         self.v = [np.zeros_like(p.data) for p in self.parameters]
@@ -101,8 +92,7 @@ class AdamW(Optimizer):
         self.t += 1
         b1, b2 = self.betas
         c1, c2 = 1 - b1**self.t, 1 - b2**self.t  # the means start at 0: undo that bias
-        state = zip(self.parameters, self.factors, self.m, self.v, strict=True)
-        for p, factor, m, v in state:
+        for p, factor, m, v in zip(self.parameters, self.factors, self.m, self.v, strict=True):
             g, rate = p.grad, lr * factor
             if g is None:
                 continue
@@ -136,14 +126,7 @@ def constant(step, steps):
 
 
 def cosine(step, steps, warmup=0.05):
-    """Up in a straight line over the first `warmup` share of the steps, then down to 0 by a cosine.
-
-    Args:
-        step: from 0 to steps - 1. steps: how many there are. warmup: a share from 0 to 1.
-
-    Returns:
-        The factor for the learning rate, from 0 to 1.
-    """
+    """A factor up in a straight line over the first `warmup` share, then down to 0 by a cosine."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise

@@ -6,6 +6,8 @@ history of its training, and checksums.
 """
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,8 @@ def draw(rng):
 
 
 def pretrain(model, **kwargs):
-    """Train by the recipe, on every token of every example; `kwargs` go to `fit`.
-
-    Returns:
-        The `History`.
-    """
-    settings = {"steps": RECIPE["steps"], "lr": RECIPE["lr"], "seed": RECIPE["seed"]}
+    """Train by the recipe, on every token of every example; `kwargs` go to `fit`."""
+    settings = {name: RECIPE[name] for name in ("steps", "lr", "seed")}
     return fit(model, draw, **(settings | {"label": "pre-training"} | kwargs))
 
 
@@ -51,6 +49,24 @@ def evaluation_sets():
     """One fixed set for each task, as unsigned bytes (500, 18)."""
     rng = np.random.default_rng(EVAL_SEED)
     return {t: tasks.sample(t, EVAL_EXAMPLES, rng).astype(np.uint8) for t in tasks.TASKS}
+
+
+def store(folder, model, history):
+    """Write all of FILES. What is there is replaced only when the new ones are complete."""
+    story = {
+        "recipe": RECIPE,
+        "loss": [float(f"{x:.7g}") for x in history.loss],  # nats per token, by step
+        "exact_match": history.scores,  # (step, {skill: share of answers right})
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+        base, sets, told = (Path(name, file) for file in FILES[:3])
+        io.save_model(model, base)
+        safetensors.write(sets, evaluation_sets())
+        told.write_text(json.dumps(story) + "\n", encoding="utf-8")
+        for path in (base, sets, told):
+            os.replace(path, folder / path.name)
+    io.write_sums(folder)
 
 
 def main(argv=None):
@@ -75,20 +91,18 @@ def main(argv=None):
     if history.interrupted:
         print("interrupted: nothing was written")
         return 130
-    io.save_model(model, out / "base.safetensors")
-    safetensors.write(out / "eval.safetensors", evaluation_sets())
-    story = {
-        "recipe": RECIPE,
-        "loss": [float(f"{x:.7g}") for x in history.loss],  # nats per token, by step
-        "exact_match": history.scores,  # (step, {skill: share of answers right})
-    }
-    (out / "history.json").write_text(json.dumps(story) + "\n", encoding="utf-8")
-    io.write_sums(out)
-
     for task, ids in sets.items():
         _, letters, exact = evaluate(model, ids)
         print(f"{task:16} exact match {exact:6.1%}   letters {letters:6.1%}")
-    return 0
+    # a disk that has filled up meanwhile must not cost the work
+    for folder in (out, Path(tempfile.gettempdir(), "minilora-data")):
+        try:
+            store(folder, model, history)
+            print(f"The data are in {folder}.")
+            return int(folder != out)
+        except OSError as error:
+            print(f"cannot write into {str(folder)!r}: {error.strerror or error}")
+    return 1
 
 
 if __name__ == "__main__":

@@ -38,39 +38,31 @@ def write(path, arrays, metadata=None):
         path: where to. A file already there is replaced in one step, and its mode is kept.
         arrays: names to NumPy arrays of booleans, or of integers or floats of up to 64 bits.
         metadata: texts to texts, or `None`.
-
-    Raises:
-        TypeError, ValueError: the format cannot hold this; nothing is written.
-        OSError: names `path`; a file that was there is still there, whole.
-
-    Example::
-
-        write("adapter.safetensors", {"A": np.ones((4, 64))}, {"alpha": "8"})
-        arrays, metadata = read("adapter.safetensors")
     """
     codes = {n: getattr(a, "dtype", np.dtype("O")).newbyteorder("<").str for n, a in arrays.items()}
     odd = [name for name, code in codes.items() if code not in _NAMES or type(name) is not str]
     odd += [text for text in itertools.chain(*(metadata or {}).items()) if type(text) is not str]
-    if odd or "__metadata__" in arrays:
-        odd = (odd or ["__metadata__"])[0]
-        raise TypeError(
-            f"{odd!r}: expected texts by name, and arrays by name of {' '.join(_CODES)}"
-        )
+    odd += ["__metadata__"] * ("__metadata__" in arrays)
+    if odd:
+        raise TypeError(f"{odd[0]!r}: expected texts, and arrays by name of {' '.join(_CODES)}")
     plain = {name: a.astype(codes[name], copy=False) for name, a in arrays.items()}
     order = sorted(plain, key=lambda name: (list(_NAMES).index(plain[name].dtype.str), name))
     header = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
         a, begin, end = plain[name], end, end + plain[name].nbytes
-        header[name] = {"dtype": _NAMES[a.dtype.str], "shape": a.shape}
-        header[name]["data_offsets"] = begin, end
+        header[name] = {
+            "dtype": _NAMES[a.dtype.str],
+            "shape": a.shape,
+            "data_offsets": (begin, end),
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER_CAP:
         raise ValueError(f"the header would have {len(text)} bytes, expected up to {_HEADER_CAP}")
-    head = len(text).to_bytes(8, "little") + text
+    head = [len(text).to_bytes(8, "little"), text]
     try:
-        write_whole(path, itertools.chain([head], (plain[name].tobytes() for name in order)))
+        write_whole(path, itertools.chain(head, (plain[name].tobytes() for name in order)))
     except OSError as error:
         # in the name of what was asked for, not of the spare file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
@@ -96,24 +88,20 @@ def write_whole(path, chunks):
 def read(path):
     """Read the file `path`, trusting nothing in it: no array is larger than the file.
 
-    Whatever the official reader refuses is refused, and a few things that it lets pass: a key
-    twice in one object, an entry that is not an object of three fields, null metadata, C64, and a
-    BOOL that is neither 0 nor 1.
+    Whatever the official reader refuses is a `FormatError` that names the file, and so are a few
+    things that it lets pass: a key twice in one object, an entry with more than three fields,
+    null metadata, C64, a BOOL that is neither 0 nor 1, and more axes than NumPy has.
 
-    Returns:
-        A pair: a dict from names to arrays, in the order of the file, and the metadata, a dict
-        from text to text, empty if there are none.
-
-    Raises:
-        FormatError: names the file and what is wrong with it.
-        OSError: the file could not be read.
+    Returns: a dict from names to arrays, in the order of the file, and the metadata, a dict from
+    text to text, empty if there are none.
     """
     with open(path, "rb") as file:
         raw = file.read()
     try:
         return _parse(raw)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:  # cut: it may quote a lot
-        raise FormatError(f"{path}: {str(error)[:400]}") from None
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise FormatError(f"{path}: {str(what)[:400]}") from None  # it may quote a lot
 
 
 def _parse(raw):
@@ -121,23 +109,18 @@ def _parse(raw):
     if len(raw) < 8 or start > min(len(raw), 8 + _HEADER_CAP):
         raise ValueError(f"the header claims to end at byte {start} of {len(raw)}")
     header, data = _header(raw[8:start]), memoryview(raw)[start:]
-    metadata = header.pop("__metadata__", {})
+    metadata, arrays, end = header.pop("__metadata__", {}), {}, 0
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError(f"__metadata__ is {metadata!r}, expected an object of texts")
-    for name, entry in header.items():
-        if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{name!r} is {entry!r}, expected dtype, shape and data_offsets")
-        numbers = entry["shape"] + entry["data_offsets"]
-        if any(type(n) is not int for n in numbers) or len(entry["data_offsets"]) != 2:
-            raise ValueError(f"{name!r} is {entry!r}, expected whole numbers, and two offsets")
-        if entry["dtype"] not in [*_CODES] or len(entry["shape"]) > 64:  # NumPy's limit
-            raise ValueError(f"{name!r} is {entry!r}, a dtype or shape that NumPy lacks")
-    arrays, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, stop), code = entry["data_offsets"], _CODES[entry["dtype"]]
-        if begin != end or stop - begin != math.prod(entry["shape"]) * np.dtype(code).itemsize:
+        shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+        if len(entry) != 3 or entry["dtype"] not in [*_CODES] or len(shape) > 64:
+            raise ValueError(f"{name!r} is {entry!r}, a dtype, shape or field that NumPy lacks")
+        size = math.prod(shape) * np.dtype(code := _CODES[entry["dtype"]]).itemsize
+        whole = all(type(n) is int for n in shape + entry["data_offsets"])  # of lists alone
+        if not whole or begin != end or stop - begin != size:
             raise ValueError(f"{name!r} is {entry!r}, expected to begin at {end} and fit its shape")
-        array, end = np.frombuffer(data[begin:stop], code).reshape(entry["shape"]), stop
+        array, end = np.frombuffer(data[begin:stop], code).reshape(shape), stop
         if code == "|b1" and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
             raise ValueError(f"{name!r} is BOOL, expected its bytes to be 0 or 1")
         arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory

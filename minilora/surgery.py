@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .nn import Embedding, Linear, Module
+from .nn import Embedding, Linear, Module, Parameter
 
 
 class Wrapper(Module):
@@ -23,7 +23,6 @@ class Wrapper(Module):
     why_not_merged, settings = None, ()
 
     def config(self):
-        """What rebuilds this wrapper around its base, for a file."""
         return {"kind": type(self).__name__} | {name: getattr(self, name) for name in self.settings}
 
     def learned(self):
@@ -31,7 +30,6 @@ class Wrapper(Module):
         return {n: p for n, p in self.named_parameters() if not n.startswith("base.")}
 
     def merged_bias(self):
-        """The bias that the layer acts with, or None."""
         bias = getattr(self.base, "bias", None)
         return None if bias is None else bias.data.copy()
 
@@ -41,8 +39,8 @@ class Wrapper(Module):
             return like(self.base, Embedding.of(self.dense()))
         return like(self.base, Linear.of(self.dense(), self.merged_bias()))
 
-    d_in = property(lambda self: self.base.d_in, doc="Features that come in.")
-    d_out = property(lambda self: self.base.d_out, doc="Features that go out.")
+    d_in = property(lambda self: self.base.d_in)
+    d_out = property(lambda self: self.base.d_out)
 
 
 def like(base, layer):
@@ -84,16 +82,12 @@ def _key(at, step):
 
 
 def find(model, patterns, kind=Module):
-    """The modules of a kind whose names match, by name.
+    """The modules of a kind whose names match, by name; a pattern that hits nothing is an error.
 
     Args:
-        model: to look into.
         patterns: one or several of `fnmatch`'s: `blocks.*.attn.[qv]`; a `*` crosses dots.
         kind: a class, a tuple of classes, or the names of what the module must have: "up down"
             for an MLP, "q k v o|up down" for attention or an MLP.
-
-    Raises:
-        LookupError: if a pattern matches nothing; the message lists near names.
     """
 
     def fits(module):
@@ -134,7 +128,7 @@ def plain(model, patterns, kind=Linear, ties=False):
         raise ValueError("this model carries an adapter already; merge or detach it first")
     found, owners = find(model, patterns, kind), {}
     for prefix, module in model.named_modules():
-        for name, p in module.own_parameters():
+        for name, p in module.own(Parameter):
             owners.setdefault(id(p), []).append(f"{prefix}.{name}")
     for name, module in found.items():
         if kind is Linear and type(module) is not Linear:
@@ -149,21 +143,17 @@ def plain(model, patterns, kind=Linear, ties=False):
     return found
 
 
-def _set_requires_grad(model, patterns, value):
+def freeze(model, patterns="*", trains=False):
+    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
     parameters = dict(model.named_parameters())
     for name in _matching(parameters, patterns, "parameter"):
-        parameters[name].requires_grad = value
+        parameters[name].requires_grad = trains
     return model
-
-
-def freeze(model, patterns="*"):
-    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
-    return _set_requires_grad(model, patterns, False)
 
 
 def unfreeze(model, patterns="*"):
     """Put the parameters whose names match on the tape: they train."""
-    return _set_requires_grad(model, patterns, True)
+    return freeze(model, patterns, trains=True)
 
 
 def wear(model, fresh):
@@ -179,7 +169,7 @@ def wrappers(model):
     """The outermost wrappers of a model by name."""
     found = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in found)
         if name and isinstance(module, Wrapper) and not inside:
             found[name] = module
     return found
@@ -188,21 +178,9 @@ def wrappers(model):
 def merge(model, requantise=None):
     """Fold every wrapper into the layer it wraps: plain layers again, at no extra cost.
 
-    `wrapper.merged()` makes a new layer; the old one is not written to, so nothing can be
-    merged twice.
-
-    Args:
-        model: changed in place.
-        requantise: must be said if the base is quantised: `False` for plain layers, `True` for
-            layers quantised as the base was.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: if there is nothing to merge, if a merged weight would not be finite, or if
-            `requantise` is missing where it is needed, or given where nothing is quantised.
-        TypeError: if a wrapper cannot be merged; the message says which and why.
+    `wrapper.merged()` makes a new layer; the old one is not written to, so nothing can be merged
+    twice. `requantise` must be said if the base is quantised: `False` for plain layers, `True`
+    for layers quantised as the base was. Returns the model, changed in place.
     """
     found = wrappers(model)
     if not found:
@@ -221,21 +199,17 @@ def merge(model, requantise=None):
     for name, wrapper in found.items():
         layer = fresh[name] = wrapper.merged()
         if not all(np.isfinite(p.data).all() for p in layer.parameters()):
-            raise ValueError(
-                f"merge: {name}: it would hold a nan or an infinity; training diverged"
-            )
+            raise ValueError(f"merge: {name} would hold a nan or an infinity; training diverged")
         if requantise and name in quantised:
             fresh[name] = wrapper.base.requantised(layer)
     return put_all(model, fresh)
 
 
 def detach(model):
-    """Take the adapter off: the wrapped layers stand alone again.
+    """Take the adapter off and return it, the wrappers by name; `attach` puts it back.
 
-    Returns:
-        The adapter: the wrappers by name. `attach` puts it back. Several adapters can be kept
-        for one model in a dictionary of yours; they share the base and hold no copy of it.
-        What was trained outside the wrappers, such as biases or norms, stays as it is.
+    Several adapters can be kept for one model in a dictionary of yours; they share the base and
+    hold no copy of it. What was trained outside of them, biases or norms, stays as it is.
     """
     adapter = wrappers(model)
     put_all(model, {name: wrapper.base for name, wrapper in adapter.items()})
@@ -243,12 +217,7 @@ def detach(model):
 
 
 def attach(model, adapter):
-    """Put an adapter that `detach` returned on its model, in place of the one that is on.
-
-    Raises:
-        LookupError: if the adapter wraps layers that this model does not have, such as those of
-            another model, or those from before a merge.
-    """
+    """Put an adapter that `detach` returned on its model, in place of the one that is on."""
     on, modules = wrappers(model), dict(model.named_modules())
     for name, wrapper in adapter.items():
         at = on[name].base if name in on else modules.get(name)
@@ -285,20 +254,16 @@ class Count(NamedTuple):
         return self.trainable / self.total
 
     def __str__(self):
-        return (
-            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {100 * self.share:.4f}"
-        )
+        head = f"trainable params: {self.trainable:,} || all params: {self.total:,}"
+        return f"{head} || trainable%: {100 * self.share:.4f}"
 
 
 def count(model, quiet=False):
     """Count the parameters, and print the line that users of PEFT know unless `quiet`."""
     parameters = model.parameters()
     packed = sum(getattr(module, "packed_size", 0) for _, module in model.named_modules())
-    found = Count(
-        sum(p.size for p in parameters if p.requires_grad),
-        sum(p.size for p in parameters) + packed,  # quantised weights are no parameters
-    )
+    total = sum(p.size for p in parameters) + packed  # quantised weights are no parameters
+    found = Count(sum(p.size for p in parameters if p.requires_grad), total)
     if not quiet:
         print(found)
     return found

@@ -48,14 +48,9 @@ def check(task):
 
 
 def sample(task, n, rng):
-    """Draw `n` examples.
+    """Draw `n` examples of a task, or of a list of tasks from which each draws its own.
 
-    Args:
-        task: a name, or a list of names from which each example draws its own.
-        n: how many. rng: a `numpy.random.Generator`.
-
-    Returns:
-        Token ids (n, 18): the task's name, or `?` for a new one, 8 letters, `>`, 8 letters.
+    Returns token ids (n, 18): the task's name, or `?` for a new one, 8 letters, `>`, 8 letters.
     """
     names = [task] if isinstance(task, str) else list(task)
     for name in names:
@@ -68,15 +63,10 @@ def sample(task, n, rng):
 
 
 def inputs_and_targets(ids, answers_only=True):
-    """Split examples for next-token prediction.
+    """Split examples (N, 18) for next-token prediction: inputs and targets, each (N, 17).
 
-    Args:
-        ids: token ids (N, 18).
-        answers_only: let only the letters of the answer count in the loss; the rest of the
-            targets become -100, which `cross_entropy` ignores.
-
-    Returns:
-        Inputs and targets, each (N, 17).
+    If `answers_only`, the letters of the answer alone count in the loss: the other targets become
+    -100, which `cross_entropy` ignores.
     """
     inputs, targets = ids[:, :-1], ids[:, 1:].copy()  # (N, 18) -> (N, 17) twice
     if answers_only:
@@ -92,10 +82,5 @@ def decode(ids):
 
 def encode(text):
     """Text such as `sort dabcdabc >` as token ids (T,); the inverse of `decode`."""
-    ids = []
-    for word in text.split():
-        for token in [word] if word in TOKENS else list(word):
-            if token not in TOKENS:
-                raise ValueError(f"text has {token!r}; expected a task, > or letters a to p")
-            ids.append(TOKENS.index(token))
-    return np.array(ids)
+    words = ([word] if word in TOKENS else list(word) for word in text.split())
+    return np.array([TOKENS.index(token) for word in words for token in word])

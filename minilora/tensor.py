@@ -35,10 +35,8 @@ class Node:
 class Tensor:
     """A NumPy array of floats that can remember how it was made.
 
-    Args:
-        data: anything that `np.asarray` takes; float32 and float64 are kept as they are,
-            other numbers become float64.
-        requires_grad: whether `backward` should leave a gradient in `.grad`.
+    `data` is anything that `np.asarray` takes: float32 and float64 are kept as they are, other
+    numbers become float64. With `requires_grad`, `backward` leaves a gradient in `.grad`.
 
     Example:
         >>> x = Tensor([3.0], requires_grad=True)
@@ -83,11 +81,10 @@ class Tensor:
 
     @grad.setter
     def grad(self, value):
-        if self.node is None:
-            if value is None:
-                return
+        if self.node is not None:
+            self.node.grad = value
+        elif value is not None:
             raise ValueError("this tensor has requires_grad=False, so it holds no gradient")
-        self.node.grad = value
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -119,7 +116,7 @@ class Tensor:
         return self.data.item()
 
     def numpy(self):
-        """The array itself (not a copy)."""
+        """The array itself, no copy."""
         return self.data
 
     def detach(self):
@@ -137,24 +134,17 @@ class Tensor:
 
 
 def record(value, *edges):
-    """Make the result of an operation and put it on the tape.
+    """Make the result of an operation, a tensor of the array `value`, and put it on the tape.
 
-    Args:
-        value: the result, an array.
-        edges: pairs (parent, vjp). `vjp(g)` takes the gradient of the result and returns the
-            parent's share of it, an array of the parent's shape. It must not write into `g`,
-            and it may return `g` itself or a view of it.
-
-    Returns:
-        A tensor; it has a node only if recording is on and some parent has one.
+    `edges` are pairs (parent, vjp). `vjp(g)` takes the gradient of the result and returns the
+    parent's share of it, an array of the parent's shape. It must not write into `g`, and it may
+    return `g` itself or a view of it. Without a parent on the tape the result is off it too.
     """
+    result = Tensor(value)
     if _recording.get():
         live = tuple((parent.node, vjp) for parent, vjp in edges if parent.node is not None)
-        if live:
-            result = Tensor(value)
-            result.node = Node(live)
-            return result
-    return Tensor(value)
+        result.node = Node(live) if live else None
+    return result
 
 
 @contextmanager
@@ -170,28 +160,14 @@ def no_grad():
 def backward(tensor, grad=None):
     """Add the gradient of `tensor` to the `.grad` of every leaf below it, and free the graph.
 
-    Args:
-        tensor: the result to differentiate, usually a loss.
-        grad: the gradient of what comes after, an array of `tensor.shape`; 1 for a scalar.
-
-    Raises:
-        RuntimeError: if nothing below `tensor` requires a gradient, if it is not a scalar and
-            no `grad` is given, or if the graph was walked before.
-        ValueError: if `grad` has another shape than `tensor`.
+    `grad` is the gradient of what comes after, of the tensor's shape; 1 for a scalar.
     """
     if tensor.node is None:
         raise RuntimeError("backward: nothing here requires a gradient (is every weight frozen?)")
-    if grad is None:
-        if tensor.size != 1:
-            raise RuntimeError(
-                f"backward: shape is {tensor.shape}, not a scalar; sum it first, or pass grad"
-            )
-        grad = np.ones(tensor.shape, tensor.dtype)
-    grad = np.asarray(grad, tensor.dtype)
-    if grad.shape != tensor.shape:
-        raise ValueError(f"backward: grad has shape {grad.shape}, the tensor {tensor.shape}")
-
-    waiting = {tensor.node: grad}
+    if grad is None and tensor.size != 1:
+        raise RuntimeError(f"backward: shape is {tensor.shape}, not a scalar; sum it, or pass grad")
+    grad = np.asarray(1 if grad is None else grad, tensor.dtype)
+    waiting = {tensor.node: np.broadcast_to(grad, tensor.shape)}
     for node in reversed(_topological_order(tensor.node)):
         g = waiting.pop(node)
         if not node.edges:
@@ -210,9 +186,8 @@ def _topological_order(root):
     while stack:
         node, i = stack.pop()
         if node.edges is None:
-            raise RuntimeError(
-                "backward: this graph was freed by an earlier backward; run the forward pass again"
-            )
+            why = "this graph was freed by an earlier backward; run the forward pass again"
+            raise RuntimeError(f"backward: {why}")
         if i < len(node.edges):
             stack.append((node, i + 1))
             parent = node.edges[i][0]

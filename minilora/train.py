@@ -62,26 +62,18 @@ def fit(
     """Train what is not frozen.
 
     Args:
-        model: inputs to logits; changed in place.
         draw: takes a `numpy.random.Generator` and returns (inputs, targets) of one batch, or a
             task's name (or a list of names) for batches of 64 of its examples.
-        steps: how many batches. lr: the learning rate at its highest.
         seed: of the generator that `draw` gets.
         schedule: (step, steps) to a factor for `lr`.
-        weight_decay: for `AdamW`.
         optimizer: used instead of `AdamW` if given: anything with `step(lr)`.
         watch: called as `watch(model)` before the first step, then every `watch_every` steps and
             after the last; what it returns goes into `history.scores`.
         progress: whether to show a bar. label: its text.
 
-    Returns:
-        A `History`. After Ctrl-C it holds what there was, with `interrupted` set, and the model
-        keeps what it has learnt.
-
-    Raises:
-        ValueError: if `steps` or `lr` is not above 0, or the optimiser holds nothing that trains.
-        FloatingPointError: if the loss or a gradient is not finite; the model is as the last good
-            step left it.
+    Returns a `History`. After Ctrl-C it holds what there was, with `interrupted` set, and the model
+    keeps what it has learnt. A loss or a gradient that is not finite is a FloatingPointError; the
+    model is then as the last good step left it.
     """
     if steps < 1 or not 0 < lr < np.inf:
         raise ValueError(f"steps is {steps} and lr {lr}; expected 1 or more, and a number above 0")
@@ -116,10 +108,8 @@ def fit(
                 if not np.isfinite(loss.data + size):
                     bad = not np.isfinite(loss.data)
                     what = f"the loss is {loss.item()}" if bad else "a gradient is not finite"
-                    raise FloatingPointError(
-                        f"{what} at step {step} of {steps}; "
-                        f"a lower learning rate than {lr:g} may help"
-                    )
+                    hint = f"a lower learning rate than {lr:g} may help"
+                    raise FloatingPointError(f"{what} at step {step} of {steps}; {hint}")
                 optimizer.step(lr * schedule(step, steps))
                 history.loss.append(loss.item())
                 bar.update()
@@ -160,23 +150,12 @@ class _Lines:
 
 
 def _bar(steps, label, progress):
-    """A bar for a terminal, a log or a notebook.
-
-    Away from a terminal it moves about ten times and shows no clock, so that a notebook's stored
-    output comes out the same on every machine.
-    """
+    """A bar. Away from a terminal it moves ten times and shows no clock: the same everywhere."""
     if sys.stderr.isatty():
         return tqdm(total=steps, desc=label, disable=not progress)
     tqdm.monitor_interval = 0  # no thread beside the bar: a browser has none to give
     in_notebook = type(sys.stdout).__module__.startswith(("ipykernel", "pyodide_kernel"))
-    return tqdm(
-        total=steps,
-        desc=label,
-        disable=not progress,
-        file=sys.stdout if in_notebook else _Lines(),
-        bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps",
-        ascii=" #",
-        miniters=max(1, steps // 10),
-        mininterval=0,
-        maxinterval=float("inf"),
-    )
+    form = {"bar_format": "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps"}
+    form |= {"ascii": " #", "file": sys.stdout if in_notebook else _Lines()}
+    form |= {"miniters": max(1, steps // 10), "mininterval": 0, "maxinterval": float("inf")}
+    return tqdm(total=steps, desc=label, disable=not progress, **form)

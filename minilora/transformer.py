@@ -45,23 +45,16 @@ def recall(module, k, v):
     if cache is None:
         return k, v
     if module in cache:
-        k, v = (
-            Tensor(np.concatenate([old, new.data], 1))
-            for old, new in zip(cache[module], (k, v), strict=True)
-        )
+        pairs = zip(cache[module], (k, v), strict=True)
+        k, v = (Tensor(np.concatenate([old, new.data], axis=1)) for old, new in pairs)
     cache[module] = k.data, v.data
     return k, v
 
 
 def attend(q, k, v, n_head, causal=True):
-    """Multi-head attention, without the projections.
+    """Multi-head attention without the projections: q (B, T, d), k and v (B, S, d) to (B, T, d).
 
-    Args:
-        q: (B, T, d). k, v: (B, S, d), S ≥ T if causal; keys put in front are seen by all.
-        n_head: how many heads share d; each works on d / n_head features.
-
-    Returns:
-        (B, T, d).
+    S ≥ T if causal; keys put in front are seen by all. Each head works on d / n_head features.
     """
 
     def split(x):
@@ -81,15 +74,10 @@ class Attention(Module):
         if d_head is None and d % n_head:
             raise ValueError(f"n_head is {n_head}; expected a divisor of the width {d}")
         self.n_head, inner = n_head, n_head * (d_head or d // n_head)
-        self.q = Linear(d, inner, rng=rng, dtype=dtype)
-        self.k = Linear(d, inner, rng=rng, dtype=dtype)
-        self.v = Linear(d, inner, rng=rng, dtype=dtype)
+        self.q, self.k, self.v = (Linear(d, inner, rng=rng, dtype=dtype) for _ in range(3))
         self.o = Linear(inner, d, rng=rng, dtype=dtype)
 
-    @property
-    def d_out(self):
-        """Features that go out."""
-        return self.o.d_out
+    d_out = property(lambda self: self.o.d_out)
 
     def forward(self, x):
         k, v = recall(self, self.k(x), self.v(x))  # (B, past + T, d)
@@ -114,16 +102,11 @@ class Transformer(Module):
     """Token ids (B, T) to logits (B, T, vocab_size).
 
     Args:
-        vocab_size: how many tokens there are.
         n_positions: the longest input.
         n_embd: the width of the model, d_model in the papers.
-        n_head: attention heads; a divisor of `n_embd`.
-        n_layer: blocks.
         d_head, d_ff: features of a head and of an MLP; n_embd / n_head and 4 n_embd if not given.
             `n_head` and `d_ff` may be lists, a number a block: what pruning leaves.
         tied: whether the head is the token table itself, one parameter for both.
-        rng: a `numpy.random.Generator` for the start.
-        dtype: float32 or float64.
 
     Source: Radford et al. 2019 (GPT-2); Vaswani et al. 2017, arXiv 1706.03762.
     """
@@ -146,18 +129,14 @@ class Transformer(Module):
         sizes |= {"n_head": np.min(n_head), "n_layer": n_layer, "d_ff": np.min(d_ff or 1)}
         if min(sizes.values()) < 1:
             raise ValueError(f"the sizes are {sizes}; expected 1 or more of each")
-        heads, inner = (
-            n if isinstance(n, (list, tuple)) else [n] * n_layer for n in (n_head, d_ff)
-        )
-        self.tokens = Embedding(vocab_size, n_embd, rng=rng, dtype=dtype)
-        self.positions = Embedding(n_positions, n_embd, rng=rng, dtype=dtype)
-        self.blocks = [
-            Block(n_embd, h, d_head=d_head, d_ff=n, rng=rng, dtype=dtype)
-            for h, n in zip(heads, inner, strict=True)
-        ]
+        heads, inner = (n if isinstance(n, list) else [n] * n_layer for n in (n_head, d_ff))
+        new, each = {"rng": rng, "dtype": dtype}, zip(heads, inner, strict=True)
+        self.tokens = Embedding(vocab_size, n_embd, **new)
+        self.positions = Embedding(n_positions, n_embd, **new)
+        self.blocks = [Block(n_embd, h, d_head=d_head, d_ff=n, **new) for h, n in each]
         self.norm = LayerNorm(n_embd, dtype=dtype)
         # a small head: at the start all tokens are about equally likely, and the loss about ln V
-        self.head = Linear(n_embd, vocab_size, rng=rng, bias=False, std=0.02, dtype=dtype)
+        self.head = Linear(n_embd, vocab_size, bias=False, std=0.02, **new)
         if tied:
             self.head.weight = self.tokens.weight
 
@@ -180,14 +159,12 @@ class Transformer(Module):
         return found
 
     def forward(self, ids):
-        ids, before = np.asarray(ids), past()
+        ids, before, longest = np.asarray(ids), past(), len(self.positions.dense())
         x = self.tokens(ids)  # (B, T) -> (B, T, d)
         after = before + x.shape[1]
-        if ids.ndim != 2 or not before < after <= len(self.positions.dense()):
-            raise ValueError(
-                f"ids have shape {ids.shape} after {before} positions; expected (B, T) with up to "
-                f"{len(self.positions.dense())} in all"
-            )
+        if ids.ndim != 2 or not before < after <= longest:
+            found = f"{ids.shape} after {before} positions"
+            raise ValueError(f"ids have shape {found}; expected (B, T), up to {longest} in all")
         x = x + self.positions(np.arange(before, after))
         for block in self.blocks:
             x = block(x)
@@ -202,14 +179,11 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
     Args:
         model: token ids (B, T) to logits (B, T, V).
         ids: integers (B, T), the prompts; T + n must not exceed the model's `n_positions`.
-        n: how many tokens to add.
         temperature: 0 takes the most likely token; above, one is drawn from the softmax of
-            logits / temperature, sharper below 1 and flatter beyond.
+            logits / temperature, sharper below 1 and flatter beyond. Drawing needs `rng`.
         top_k: draw from the so many most likely tokens only.
-        rng: a `numpy.random.Generator`, needed to draw.
 
-    Returns:
-        Integers (B, T + n).
+    Returns integers (B, T + n).
     """
     ids = new = np.asarray(ids)
     longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf

@@ -19,6 +19,7 @@ from minilora.accounting import GPT2_NAMES, SIZES, UNCOUNTED, USUAL, shape_of
 GPT2 = {"vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 2}
 LLAMA = {"vocab_size": 11, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA |= {"intermediate_size": 10, "num_key_value_heads": 1}
+LLAMA |= {"pad_token_id": 0}  # Phi-3's own is beyond so few tokens
 RANDOM = {  # what a field may be; "missing" leaves it out
     "n_positions": ["missing", 5, 9],
     "n_inner": ["missing", None, 7],
@@ -36,6 +37,7 @@ RANDOM = {  # what a field may be; "missing" leaves it out
     "layer_types": ["missing", ["full_attention", "sliding_attention"]],
     "rope_theta": ["missing", 500.0],
     "num_local_experts": ["missing", "missing", 4],
+    "num_experts_per_tok": ["missing", 1, 3],
     "add_cross_attention": ["missing", False, True],
 }
 
@@ -115,7 +117,7 @@ def main(n=150):
                 bad += 1
                 print(f"{mine} here, {theirs} there: {config}")
     for (kind, what), times in told.items():
-        print(f"{kind:8} {what:24} {times}")
+        print(f"{kind:11} {what:24} {times}")
     print(f"transformers {transformers.__version__}: {bad} of {told.total() + bad} differ")
     return int(bad > 0)
 

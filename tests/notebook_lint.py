@@ -1,30 +1,46 @@
 """What nbval does not look at: the rules that every notebook keeps, each a function of its JSON.
 
 A rule takes a notebook (as `nbformat` reads it) and yields one line per problem, in words that
-tell the author what to do. `RULES` holds them all by name.
+tell the author what to do. `RULES` holds them all by name. How long a notebook is, and how many
+minutes that makes:
+
+    python tests/notebook_lint.py 06
 """
 
 import ast
 import base64
 import re
+import sys
 
-from nbformat.v4 import new_code_cell
+from minilora import editions
 
 RULES = {}
+# Those that are not yet rewritten: the rules of the second edition, in SECOND, spare them.
+FIRST_EDITION = set("00 01 03 04 05 07 09 10 11 12 13 14 15 16 17 18 19 20 21 22".split())
+SECOND = set()
 
 OPENING = ("The question.", "You will do.", "You will learn.", "You need.", "Time.")
 ENDING = ("Exercises", "Summary", "Where the paper says it")
 UNCOMPARED = {"nbval-ignore-output", "nbval-skip"}
 # A tag that nbval does not know is silently no tag at all.
 NBVAL_TAGS = UNCOMPARED | {"raises-exception"}
-MAX_PNG_BYTES = 100_000
-DOTS_PER_METRE = round(72 / 0.0254)
+PICTURES = ("image/png", "image/svg+xml")
+MAX_PICTURE_BYTES = 150_000
+DOTS_PER_METRE = [round(dpi / 0.0254) for dpi in (72, 144)]
+SLIDES = {"slide", "subslide", "fragment", "skip", "notes"}
+FOLDED = {"slideshow": {"slide_type": "fragment"}, "jupyter": {"source_hidden": True}}
 
 
 def rule(check):
     """Enter `check` into `RULES`."""
     RULES[check.__name__] = check
     return check
+
+
+def second(check):
+    """Enter `check` into `RULES`, for notebooks of the second edition only."""
+    SECOND.add(check.__name__)
+    return rule(check)
 
 
 # --- what the rules look through -------------------------------------------------------------
@@ -55,8 +71,43 @@ def prose(cell):
 
 
 def markdown(nb):
-    """All prose of the notebook in one string."""
-    return "\n\n".join(prose(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown")
+    """All prose of the notebook in one string, without what is for who teaches."""
+    cells = [c for c in nb["cells"] if c["cell_type"] == "markdown" and not editions.is_note(c)]
+    return "\n\n".join(map(prose, cells))
+
+
+def number(nb):
+    """The two digits that its title begins with, or nothing."""
+    found = re.match(r"# (\d\d) ·", nb["cells"][0]["source"])
+    return found[1] if found else ""
+
+
+def teaches_a_method(nb):
+    """Whether it belongs to parts I to IV, the tour and the capstone apart."""
+    return "01" <= number(nb) <= "21"
+
+
+def lines(source):
+    """How many lines are not blank."""
+    return sum(bool(line.strip()) for line in source.splitlines())
+
+
+def size(nb):
+    """Words that a student reads, lines of code, and the minutes that both take."""
+    words = len(editions.SOLUTION.sub("", markdown(nb)).split())
+    code = sum(lines(cell["source"]) for _, cell in code_cells(nb))
+    return words, code, words / 130 + code / 12
+
+
+def slide_type(cell):
+    """What a cell is in the slides."""
+    return cell["metadata"].get("slideshow", {}).get("slide_type")
+
+
+def before(nb, i):
+    """The text of the Markdown cell above cell i, or nothing."""
+    above = [cell for cell in nb["cells"][:i] if not editions.is_note(cell)]
+    return above[-1]["source"] if above and above[-1]["cell_type"] == "markdown" else ""
 
 
 def texts_of(output):
@@ -69,28 +120,37 @@ def texts_of(output):
         yield from (v for kind, v in output["data"].items() if kind.startswith("text/"))
 
 
-def pngs(nb):
+def pictures(nb):
     """(position, output, bytes) of every picture."""
     for i, _, output in outputs(nb):
-        if "image/png" in output.get("data", {}):
-            yield i, output, base64.b64decode(output["data"]["image/png"])
+        for kind in PICTURES:
+            if kind in output.get("data", {}):
+                data = output["data"][kind]
+                yield i, output, base64.b64decode(data) if kind == "image/png" else data.encode()
+
+
+def parsed(source):
+    """The grammar of a cell, without magics; empty if the cell breaks it on purpose."""
+    try:
+        return ast.parse(re.sub(r"^[%!].*", "", source, flags=re.M))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def called(node):
+    """The name that a call calls, without what stands before the dot."""
+    return getattr(node.func, "attr", getattr(node.func, "id", None))
 
 
 def calls(source, name):
     """How often a cell surely calls `name(…)` or `….name(…)`: not inside a def, if or try."""
-    source = re.sub(r"^[%!].*", "", source, flags=re.M)
-    try:
-        waiting = list(ast.parse(source).body)
-    except SyntaxError:  # a cell may break the grammar on purpose
-        return 0
+    waiting = list(parsed(source).body)
     found = 0
     while waiting:
         node = waiting.pop()
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.Try)):
             continue
-        if isinstance(node, ast.Call):
-            function = node.func
-            found += name == getattr(function, "attr", getattr(function, "id", None))
+        found += isinstance(node, ast.Call) and called(node) == name
         waiting.extend(ast.iter_child_nodes(node))
     return found
 
@@ -99,17 +159,6 @@ def seconds_to_run(nb):
     """How long the notebook says that it runs, in seconds; the longest, if it does not say."""
     found = re.search(r"(\d+) seconds to run", "".join(cell["source"] for cell in nb["cells"]))
     return int(found[1]) if found else 120
-
-
-def solved(nb):
-    """For each exercise, a cell with its solution and then its check."""
-    block = r"<details>.*?```python\n(.*?)```.*?</details>"
-    source = ""
-    for cell in nb["cells"]:
-        if cell["cell_type"] == "code":
-            source = cell["source"]
-        for code in re.findall(block, cell["source"], flags=re.S):
-            yield new_code_cell(f"{code}\n{source.partition('# check')[2]}")
 
 
 # --- it ran ----------------------------------------------------------------------------------
@@ -129,7 +178,7 @@ def outputs_present(nb):
     for i, cell in code_cells(nb):
         if "raises-exception" in tags(cell):  # it may have stopped before it came to that
             continue
-        images = sum("image/png" in output.get("data", {}) for output in cell["outputs"])
+        images = sum(any(k in o.get("data", {}) for k in PICTURES) for o in cell["outputs"])
         if images < calls(cell["source"], "show"):
             yield f"cell {i}: shows a figure, but holds none"
         printed = any(output["output_type"] == "stream" for output in cell["outputs"])
@@ -208,12 +257,12 @@ def metadata_is_clean(nb):
     for i, cell in enumerate(nb["cells"]):
         if cell["id"] != f"cell-{i:02d}":
             yield f"cell {i}: its id is {cell['id']}"
-        if set(cell["metadata"]) - {"tags"}:
+        if set(cell["metadata"]) - {"tags", *FOLDED}:
             yield f"cell {i}: metadata holds {sorted(cell['metadata'])}"
         if cell.get("attachments"):
             yield f"cell {i}: an attached file has no size limit; draw it or leave it out"
     for i, _, output in outputs(nb):
-        if set(output.get("metadata", {})) - {"image/png"}:
+        if set(output.get("metadata", {})) - set(PICTURES):
             yield f"cell {i}: output metadata holds {sorted(output['metadata'])}"
         if any("widget" in kind for kind in output.get("data", {})):
             yield f"cell {i}: holds a widget, which shows nothing without a kernel"
@@ -236,23 +285,26 @@ def no_paths_of_a_machine(nb):
 @rule
 def figures_have_alt_text(nb):
     """Every figure is described in words for who cannot see it: `show(fig, alt)`."""
-    for i, output, _ in pngs(nb):
+    for i, output, _ in pictures(nb):
         text = output["data"].get("text/plain", "")
+        alts = {kind.get("alt") for kind in output["metadata"].values()}
         if not (text.startswith("Figure: ") and len(text) > 30):
             yield f"cell {i}: its figure needs a description; use show(fig, alt)"
-        elif text != "Figure: " + output["metadata"].get("image/png", {}).get("alt", ""):
+        elif alts != {text.removeprefix("Figure: ")}:
             yield f"cell {i}: the alt text in the figure's metadata is not the text beside it"
 
 
 @rule
 def figures_are_light(nb):
-    """Each picture stays below 100 kB, at the 72 dots per inch that notebooks are drawn in."""
-    for i, _, png in pngs(nb):
-        if len(png) >= MAX_PNG_BYTES:
-            yield f"cell {i}: its figure has {len(png) // 1000} kB; at most 100 kB"
-        at = png.find(b"pHYs")
-        if at < 0 or int.from_bytes(png[at + 4 : at + 8], "big") != DOTS_PER_METRE:
-            yield f"cell {i}: its figure is not drawn at 72 dpi"
+    """Each picture stays below 150 kB: an SVG, or a PNG at 72 or 144 dots per inch."""
+    for i, _, data in pictures(nb):
+        if len(data) >= MAX_PICTURE_BYTES:
+            yield f"cell {i}: its figure has {len(data) // 1000} kB; at most 150 kB"
+        at = data.find(b"pHYs")
+        if data.startswith(b"\x89PNG") and (
+            at < 0 or int.from_bytes(data[at + 4 : at + 8], "big") not in DOTS_PER_METRE
+        ):
+            yield f"cell {i}: its figure is not drawn at 72 or 144 dpi"
 
 
 @rule
@@ -269,9 +321,24 @@ def outputs_are_short(nb):
 
 @rule
 def length(nb):
-    """25 to 50 cells."""
-    if not 25 <= len(nb["cells"]) <= 50:
-        yield f"{len(nb['cells'])} cells; 25 to 50 make a lesson"
+    """25 to 60 cells, notes for who teaches apart."""
+    cells = sum(not editions.is_note(cell) for cell in nb["cells"])
+    if not 25 <= cells <= 60:
+        yield f"{cells} cells; 25 to 60 make a lesson"
+
+
+@second
+def code_and_words(nb):
+    """No more than 450 lines of code (250 in 01) and 3,000 words; no cell above 35 lines."""
+    words, code, _ = size(nb)
+    most = 250 if number(nb) == "01" else 450
+    if code > most:
+        yield f"{code} lines of code; at most {most}"
+    if words > 3000:
+        yield f"{words} words; at most 3,000"
+    for i, cell in code_cells(nb):
+        if lines(cell["source"]) > 35:
+            yield f"cell {i}: {lines(cell['source'])} lines of code; at most 35"
 
 
 @rule
@@ -290,11 +357,115 @@ def opening(nb):
         yield "**Time.** must say how many minutes to read and how many seconds to run"
 
 
-@rule
+@second
+def honest_time(nb):
+    """The minutes to read are words / 130 + lines of code / 12, within 3 or 15%."""
+    minutes = size(nb)[2]
+    said = re.search(r"\*\*Time\.\*\* About (\d+) minutes to read and do", markdown(nb))
+    if not said:
+        yield "write: **Time.** About N minutes to read and do, about S seconds to run."
+    elif abs(int(said[1]) - minutes) > max(3, 0.15 * minutes):
+        yield f"it says {said[1]} minutes, and takes about {minutes:.0f}"
+
+
+@second
 def predicts(nb):
-    """The student commits to an answer before running."""
-    if not re.search(r"^## Predict\b", markdown(nb), flags=re.M):
-        yield "there is no section `## Predict`"
+    """At least two predictions, in parts I to IV; each empty, announced, and answered."""
+    found, scored = [], set()
+    for i, cell in code_cells(nb):
+        for node in ast.walk(parsed(cell["source"])):
+            if not isinstance(node, ast.Call):
+                continue
+            if called(node) == "Prediction":
+                found.append(ast.unparse(node))
+                if len(node.args) != 1 or node.keywords:
+                    yield f"cell {i}: the prediction is not empty"
+                if "**Predict.**" not in before(nb, i):
+                    yield f"cell {i}: the Markdown cell above has no **Predict.**"
+            if called(node) == "score" and isinstance(node.func, ast.Attribute):
+                scored.add(ast.unparse(node.func.value))
+    if teaches_a_method(nb) and len(found) < 2:
+        yield f"{len(found)} predictions; at least 2"
+    if len(scored) < len(found):
+        yield f"{len(found)} predictions, and {len(scored)} of them scored"
+
+
+@second
+def gaps(nb):
+    """At least one gap, in parts I to IV: 3 to 8 lines that end a function; tried by `gap`."""
+    found = 0
+    for i, cell in code_cells(nb):
+        source = cell["source"]
+        if source.count("### BEGIN SOLUTION") != len(editions.GAP.findall(source)):
+            yield f"cell {i}: a gap is not closed by ### END SOLUTION"
+        for region in editions.GAP.finditer(source):
+            found += 1
+            if not 3 <= lines(region[2]) <= 8:
+                yield f"cell {i}: the gap has {lines(region[2])} lines; 3 to 8 are a gap"
+            below = source[region.end() :].lstrip("\n").partition("\n")[0]
+            if not region[1] or below.startswith(region[1]):
+                yield f"cell {i}: the gap is not the end of a function"
+            if "<summary>Hint" not in before(nb, i):
+                yield f"cell {i}: the Markdown cell above has no hint in a <details> block"
+        names = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Assign)]
+        tried = [n for n in names if isinstance(n.value, ast.Call) and called(n.value) == "gap"]
+        if "### BEGIN SOLUTION" in source and not tried:
+            yield f"cell {i}: does not go on with what gap(…) returns"
+        for node in tried:
+            if ast.unparse(node.targets[0]) == ast.unparse(node.value.args[0]):
+                yield f"cell {i}: give what gap(…) returns another name than the reader's function"
+    if teaches_a_method(nb) and not found:
+        yield "no gap: the heart of the method is for the reader to write"
+
+
+@second
+def no_answer_to_read(nb):
+    """A check holds no answer: it works the value out, or compares a digest."""
+    for i, cell in code_cells(nb):
+        for node in ast.walk(parsed(cell["source"].partition("# check")[2])):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+                for side in (node.left, *node.comparators):
+                    kinds = {type(n) for n in ast.walk(side)}
+                    if ast.Constant in kinds and not kinds & {ast.Name, ast.Call, ast.Tuple}:
+                        yield f"cell {i}: its answer can be read: {ast.unparse(side)}; use digest"
+
+
+@second
+def slides(nb):
+    """Each cell says what it is in the slides; a section is a slide, with its minutes in notes."""
+    sections, totals = 0, [0, 0]
+    for i, cell in enumerate(nb["cells"]):
+        kind = slide_type(cell)
+        if kind not in SLIDES:
+            yield f"cell {i}: slide_type is {kind}; expected one of {', '.join(sorted(SLIDES))}"
+        if kind == "notes":
+            found = re.match(r"45 minutes: (\d+)\. 90 minutes: (\d+)\.", cell["source"])
+            if not found or cell["cell_type"] != "markdown":
+                yield f"cell {i}: notes start with: 45 minutes: N. 90 minutes: M."
+            else:
+                totals = [a + int(b) for a, b in zip(totals, found.groups(), strict=True)]
+                sections -= 1
+        if cell["cell_type"] == "markdown":
+            heads = [match.start() for match in re.finditer(r"^##? \S", prose(cell), re.M)]
+            talk = heads and kind != "skip"
+            if talk and (heads != [0] or kind != "slide"):
+                yield f"cell {i}: a heading begins a cell, and the cell is a slide"
+            sections += bool(talk)
+    if sections:
+        yield "each section that is a slide has one notes cell"
+    if not (35 <= totals[0] <= 45 and 70 <= totals[1] <= 90):
+        yield f"the notes make {totals[0]} and {totals[1]} minutes; expected 35-45, 70-90"
+
+
+@second
+def figures_are_folded(nb):
+    """The code of a figure is folded away, and a cell that is folded draws or helps."""
+    for i, cell in code_cells(nb):
+        folded = cell["metadata"].get("jupyter", {}) == {"source_hidden": True}
+        if folded != ("hide-input" in tags(cell)):
+            yield f"cell {i}: the tag hide-input and jupyter.source_hidden go together"
+        if calls(cell["source"], "show") and not folded:
+            yield f"cell {i}: draws a figure and is not folded"
 
 
 @rule
@@ -314,7 +485,7 @@ def exercises(nb):
     parts = re.split(r"^### Exercise", text, flags=re.M)[1:]
     if not parts:
         yield "there is no `### Exercise` under `## Exercises`"
-    if len(list(solved(nb))) != markdown(nb).count("<details"):
+    if len(list(editions.solved(nb))) != markdown(nb).count("<summary>Solution"):
         yield "a solution holds no ```python block, or more than one"
     for number, part in enumerate(parts, 1):
         solutions = len(re.findall(r"<details>\s*<summary>.+?</summary>.+?</details>", part, re.S))
@@ -335,7 +506,14 @@ def breaks_something(nb):
 
 @rule
 def claims_are_labelled(nb):
-    """The reader is told what a claim rests on: *paper*, *exact here* or *toy evidence*."""
-    label = r"(?<![*_])[*_](paper|exact here|toy evidence)[.,:]?[*_](?![*_])"
+    """The reader is told what a claim rests on, by one of four labels."""
+    label = r"(?<![*_])[*_](paper|real model|exact here|toy evidence)[.,:]?[*_](?![*_])"
     if not re.search(label, markdown(nb), flags=re.I):
-        yield "no claim is labelled *paper*, *exact here* or *toy evidence*"
+        yield "no claim is labelled *paper*, *real model*, *exact here* or *toy evidence*"
+
+
+if __name__ == "__main__":
+    for path in sorted(editions.MASTERS.glob("[0-9]*.ipynb")):
+        if path.name.startswith(tuple(sys.argv[1:])) or not sys.argv[1:]:
+            told = "{:6,} words {:5} lines of code: about {:.0f} minutes"
+            print(f"{path.name:30}", told.format(*size(editions.read(path))))

@@ -5,9 +5,9 @@ from collections import defaultdict
 
 import pytest
 from hypothesis import settings
+from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-from notebook_lint import seconds_to_run, solved
 from surroundings import settle
 
 pytest.register_assert_rewrite("helpers")  # its assertions then say what differs
@@ -47,15 +47,18 @@ class Notebook(IPyNbFile):
 
     def collect(self):
         """Its own cells, to be compared with what is stored, then a cell for each solution."""
+        from minilora.editions import solved  # here, for it loads NumPy
+        from notebook_lint import seconds_to_run
+
         cells = list(super().collect())
         self.seconds = seconds_to_run(self.nb)
-        for i, cell in enumerate(solved(self.nb), 1):
+        for i, (_, source) in enumerate(solved(self.nb), 1):
             cells.append(
                 Solution.from_parent(
                     self,
                     name=f"Solution {i}",
                     cell_num=len(cells),
-                    cell=cell,
+                    cell=new_code_cell(source),
                     options=defaultdict(bool),  # no output to compare
                 )
             )

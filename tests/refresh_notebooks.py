@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from surroundings import ROOT, settle
 
 NOTEBOOKS = ROOT / "notebooks"
+KEPT = ("jupyter", "slideshow", "tags")  # of a cell's metadata
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -61,8 +62,8 @@ def normalise(notebook):
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:02d}"
-        tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        kept = {name: cell.metadata[name] for name in KEPT if cell.metadata.get(name)}
+        cell.metadata = nbformat.from_dict(kept)
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 # The frames above the message hold paths of this machine.

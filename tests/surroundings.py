@@ -67,6 +67,7 @@ def settle():
     env["MATPLOTLIBRC"] = str(home / "matplotlibrc")
     env["PYTHONUTF8"] = "1"
     env["COLUMNS"] = "80"
+    env["MINILORA_GUESSES"] = ""  # a reader's predictions are neither read nor kept
     # Sums then come in the same order everywhere, and two workers on two cores do not get in each
     # other's way. `reproduce.sh` says otherwise by MINILORA_THREADS.
     for library in ("OPENBLAS", "OMP", "MKL"):

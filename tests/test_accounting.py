@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from minilora import accounting as acc
+from minilora.compress import quantise
 from minilora.surgery import Count
-from minilora.transformer import Transformer
+from minilora.tensor import no_grad
+from minilora.transformer import Transformer, cached
 
 LLAMA = {
     "model_type": "llama",
@@ -48,6 +50,15 @@ GPT2 = {
     "n_head": 12,
     "n_positions": 1024,
 }
+MIXTRAL = MISTRAL | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+PHI3 = LLAMA | {"model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072}
+PHI3 |= {"intermediate_size": 8192}
+GEMMA = LLAMA | {"model_type": "gemma", "vocab_size": 256000, "hidden_size": 3072}
+GEMMA |= {"num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 24576}
+GEMMA2 = GEMMA | {"model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26}
+GEMMA2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216}
+GEMMA3 = GEMMA2 | {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152}
+GEMMA3 |= {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 6912}
 
 
 @pytest.mark.parametrize(
@@ -58,11 +69,25 @@ GPT2 = {
         (MISTRAL, 7_241_732_096),
         (QWEN2, 494_032_768),
         (QWEN3, 596_049_920),
+        (MIXTRAL, 46_702_792_704),
+        (PHI3, 3_821_079_552),
+        (GEMMA, 8_537_680_896),
+        (GEMMA2, 2_614_341_888),
+        (GEMMA3, 999_885_952),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
 def test_published_models_are_counted_to_the_last_parameter(config, parameters):
     assert acc.shape_of(config).parameters() == parameters
+
+
+def test_mixtral_holds_46_7_billion_and_a_token_meets_12_9():
+    shape = acc.shape_of(MIXTRAL)
+    assert round(shape.parameters() / 1e9, 1) == 46.7
+    assert round(shape.parameters(active=True) / 1e9, 1) == 12.9
+    expert = 3 * 4096 * 14336
+    assert shape.parameters() - shape.parameters(active=True) == 32 * 6 * expert
+    assert acc.shape_of(MISTRAL).parameters(active=True) == acc.shape_of(MISTRAL).parameters()
 
 
 def test_a_config_is_read_from_a_file(tmp_path):
@@ -111,6 +136,16 @@ TINY |= {"intermediate_size": 10}
         ("qwen2", {"num_key_value_heads": 2, "head_dim": 6}, 58_224, 432),
         ("qwen3", {}, 2_103_232, 0),
         ("qwen3", {"num_key_value_heads": 8, "head_dim": 4, "attention_bias": True}, 47_056, 512),
+        ("phi3", {}, 38_336, 0),
+        ("phi3", {"num_key_value_heads": 8, "tie_word_embeddings": True}, 25_344, 0),
+        ("gemma", {}, 3_150_592, 0),
+        ("gemma", {"head_dim": 4, "num_key_value_heads": 2, "attention_bias": True}, 40_096, 416),
+        ("gemma2", {}, 2_364_416, 0),
+        ("gemma2", {"head_dim": 4, "tie_word_embeddings": False}, 42_688, 0),
+        ("gemma3_text", {}, 2_365_440, 0),
+        ("gemma3_text", {"head_dim": 6, "attention_bias": True}, 61_048, 608),
+        ("mixtral", {}, 53_952, 0),
+        ("mixtral", {"num_local_experts": 3, "num_key_value_heads": 2}, 31_040, 0),
         ("qwen3", {"layer_types": ["full_attention"] * 2, "mlp_bias": True}, 2_103_232, 0),
     ],
 )
@@ -134,6 +169,15 @@ def test_lora_counts_grouped_heads_and_named_layers():
     assert acc.lora_parameters(shape, 2, ("up", "down")) == 32 * 2 * 2 * (4096 + 14336)
     with pytest.raises(ValueError, match="'z'"):
         acc.lora_parameters(shape, 8, "qz")
+
+
+def test_lora_counts_layers_that_are_one_and_every_expert():
+    phi3, mixtral = acc.shape_of(PHI3), acc.shape_of(MIXTRAL)
+    assert phi3.layers()["qkv"] == (3 * 3072, 3072)
+    assert acc.lora_parameters(phi3, 8, ("qkv",)) == 32 * 8 * 4 * 3072
+    with pytest.raises(ValueError, match="'q'.* qkv"):
+        acc.lora_parameters(phi3, 8)  # it has no q of its own
+    assert acc.lora_parameters(mixtral, 2, ("q", "up")) == 32 * 2 * (8192 + 8 * (4096 + 14336))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +224,39 @@ def test_memory_storage_flops_and_the_break_even_rank():
     assert acc.break_even_rank(64, 256) == 51.2
 
 
+@pytest.mark.parametrize(
+    "recipe, a_parameter",  # published: 16 in mixed precision; two means of 1 byte each, not 4
+    [("mixed precision", 16), ("8-bit Adam", 10), ("bf16 only", 8), ("QLoRA", 12)],
+)
+def test_bytes_of_training_by_name(recipe, a_parameter):
+    settings = acc.RECIPES[recipe]
+    assert acc.training_memory(1000, 1000, **settings).total == 1000 * a_parameter
+    memory = acc.training_memory(6400, 0, **settings)
+    bits = 4 + 0.126953125 if recipe == "QLoRA" else 16
+    assert memory == (6400 * bits / 8, 0, 0)
+    if recipe == "QLoRA":  # as our own layers store it
+        q = quantise(np.ones((256, 64 * 256), np.float32), kind="nf4", double=True)
+        per_weight = (q.nbytes - q.mean.nbytes) / (256 * 64 * 256)
+        assert acc.RECIPES["QLoRA"]["frozen"] == per_weight
+
+
+def test_the_cache_of_keys_and_values():
+    llama, mistral, gemma = map(acc.shape_of, (LLAMA, MISTRAL, GEMMA2))
+    assert acc.kv_cache(llama, 1, 4096) == 2 * acc.GIB  # half a MiB for each token
+    assert acc.kv_cache(mistral, 8, 4096) == 4 * acc.GIB  # a quarter of the heads
+    assert acc.kv_cache(gemma, 2, 10, width=4) == 2 * 26 * 4 * 256 * 2 * 10 * 4
+    assert acc.kv_cache(acc.GPT3, np.int32(1000), np.int32(2048)) == 4 * 96 * 12288 * 2048_000
+    rng = np.random.default_rng(0)
+    model = Transformer(vocab_size=5, n_positions=9, n_embd=8, n_head=2, n_layer=3, rng=rng)
+    with no_grad(), cached() as kept:
+        model(np.zeros((4, 9), int))
+    ours = acc.shape_of(
+        {"model_type": "gpt2", "vocab_size": 5, "n_embd": 8, "n_layer": 3, "n_head": 2}
+    )
+    held = sum(k.nbytes + v.nbytes for k, v in kept.values())
+    assert acc.kv_cache(ours, 4, 9, width=4) == held
+
+
 def test_whole_numbers_of_32_bits_do_not_overflow():
     thousand, large = np.int32(1000), np.int32(2**31 - 1)
     assert acc.storage(thousand, 350 * acc.GB, 35 * acc.MB, shared=False) == 350_000 * acc.GB
@@ -204,6 +281,8 @@ def test_whole_numbers_of_32_bits_do_not_overflow():
         ({"model_type": "llama"}, "vocab_size"),
         (LLAMA | {"intermediate_size": None}, "intermediate_size"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts"),
+        (GEMMA3 | {"model_type": "gemma3"}, "'gemma3'"),
+        (MIXTRAL | {"model_type": "qwen3_moe"}, "'qwen3_moe'"),
         (QWEN3 | {"num_experts": 128}, "num_experts"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
         (GPT2 | {"architectures": ["GPT2ForSequenceClassification"]}, "Classification"),

@@ -31,7 +31,7 @@ BOOK = [  # to be read from top to bottom
     "lecture",
     "plots",
 ]
-JOBS = ["command", "pretrain", "compare", "__main__"]  # which a reader may skip
+JOBS = ["command", "pretrain", "compare", "editions", "grade", "__main__"]  # which a reader may skip
 ORDER = BOOK + JOBS
 OUTSIDE = {"numpy", "tqdm"}  # beside the standard library
 OUTSIDE_IN = {"plots": {"matplotlib"}, "lecture": {"matplotlib", "IPython"}}
@@ -139,10 +139,10 @@ def test_the_house_is_read_in_an_afternoon():
     book = sum(sizes(name)[0] for name in TREES if name not in JOBS)
     # A ratchet: what it is today. The aim is 2,350, 2,750, 4,500 and 7%; lower it with each step.
     budget = [
-        ("the book", book, 2864),
-        ("all code", code, 3409),
-        ("all lines", lines, 6053),
-        ("guards", guards, 0.095 * code),
+        ("the book", book, 2692),
+        ("all code", code, 3238),
+        ("all lines", lines, 5679),
+        ("guards", guards, 0.074 * code),
     ]
     assert [row for row in budget if row[1] > row[2]] == []
 

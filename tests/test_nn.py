@@ -37,7 +37,7 @@ def test_parameter_is_a_tensor_that_trains_unless_told_otherwise():
 
 def test_children_and_modules_are_found_depth_first():
     net = Net()
-    assert [name for name, _ in net.children()] == ["layers.0", "layers.2", "table"]
+    assert [name for name, _ in net.own(Module)] == ["layers.0", "layers.2", "table"]
     assert [name for name, _ in net.named_modules()] == ["", "layers.0", "layers.2", "table"]
     assert dict(net.named_modules())["layers.2"] is net.layers[2]
     outer = Module()

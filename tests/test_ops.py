@@ -502,108 +502,43 @@ def test_attention_works_out_the_gradient_of_its_scores_once():
     assert len(log) == 4  # of the scores, q, k and v
 
 
-# ------------------------------------------------------------------ errors name the shapes
+# ------------------------------------------------------------------ errors
 
 
 def ones(*shape, dtype=np.float64):
     return Tensor(np.ones(shape, dtype))
 
 
-@pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (lambda: ones(2, 3) + ones(2), ValueError, r"add: shapes \(2, 3\) and \(2,\).*broadcast"),
-        (lambda: ones(2, 3) * ones(4), ValueError, r"mul: shapes \(2, 3\) and \(4,\).*broadcast"),
-        (lambda: ones(2) + ones(2, dtype=np.float32), TypeError, "float64 and float32 do not mix"),
-        (lambda: ones(2) ** ones(2), TypeError, "power: the exponent must be a plain number"),
-        (lambda: ones(2, 3) @ ones(4, 3), ValueError, r"matmul: shapes \(2, 3\) and \(4, 3\)"),
-        (lambda: ones(3) @ ones(3, 2), ValueError, r"matmul: shapes \(3,\) and \(3, 2\).*m, k"),
-        (lambda: ones(2, 3) @ ones(3), ValueError, r"matmul: shapes \(2, 3\) and \(3,\)"),
-        (lambda: ones(5, 2, 3) @ ones(4, 3, 2), ValueError, r"\(5,2,3\).*\(4,3,2\)"),
-        (
-            lambda: ops.prepend(ones(2, 3), ones(5, 4, 2)),
-            ValueError,
-            r"prepend: shapes \(2, 3\) and \(5, 4, 2\) do not fit; expected \(m, d\)",
-        ),
-        (lambda: ops.prepend(ones(2, 3), ones(4, 3)), ValueError, r"\(2, 3\) and \(4, 3\)"),
-        (lambda: ones(2, 3).reshape(4), ValueError, r"size 6 into shape \(4,\)"),
-        (
-            lambda: ops.linear(ones(2, 3), ones(4, 2)),
-            ValueError,
-            r"linear: shapes \(2, 3\) and \(4, 2\) do not fit; expected \(…, d_in\) and \(d_out",
-        ),
-        (
-            lambda: ops.linear(ones(2, 3), ones(4, 3), ones(5)),
-            ValueError,
-            r"linear: shapes \(4, 3\) and \(5,\) do not fit; expected \(d_out, d_in\) and \(d_out",
-        ),
-        (
-            lambda: ops.linear(ones(2, 3), Tensor(np.ones((4, 3), np.float32))),
-            TypeError,
-            "linear: x is float64 and weight float32; convert one first",
-        ),
-        (
-            lambda: ops.cross_entropy(ones(2, 3), [0.0, 1.0]),
-            TypeError,
-            "cross_entropy: targets have dtype float64; expected integers",
-        ),
-        (
-            lambda: ops.embedding(ones(4, 2), [0.0, 1.0]),
-            TypeError,
-            "embedding: ids have dtype float64; expected integers",
-        ),
-        (
-            lambda: ops.embedding(ones(4, 2), [0, 4]),
-            IndexError,
-            "embedding: ids run from 0 to 4; expected 0 to 3",
-        ),
-        (lambda: ops.embedding(ones(4, 2), [-1, 2]), IndexError, "ids run from -1 to 2"),
-        (
-            lambda: ops.layer_norm(ones(2, 4), ones(3), ones(4)),
-            ValueError,
-            r"layer_norm: x \(2, 4\), weight \(3,\) and bias \(4,\) do not fit; expected \(…, d\)",
-        ),
-        (
-            lambda: ops.layer_norm(ones(2, 4), ones(4), ones(3)),
-            ValueError,
-            r"layer_norm: .*\(2, 4\).*\(3,\)",
-        ),
-        (
-            lambda: ops.cross_entropy(ones(2, 3, 5), np.zeros((3, 2), int)),
-            ValueError,
-            r"cross_entropy: shapes \(2, 3, 5\) and \(3, 2\) do not fit",
-        ),
-        (
-            lambda: ops.cross_entropy(ones(2, 5), [-100, -100]),
-            ValueError,
-            "cross_entropy: every target is ignored",
-        ),
-        (
-            lambda: ops.cross_entropy(ones(2, 5), [0, 5]),
-            IndexError,
-            "cross_entropy: targets run from 0 to 5, V is 5",
-        ),
-        (lambda: ops.cross_entropy(ones(2, 5), [-1, 4]), IndexError, "run from -1 to 4, V is 5"),
-        (
-            lambda: ops.attention(ones(2, 3), ones(2, 4), ones(2, 4)),
-            ValueError,
-            r"attention: q \(2, 3\), k \(2, 4\) and v \(2, 4\) do not fit",
-        ),
-        (
-            lambda: ops.attention(ones(2, 3), ones(2, 3), ones(3, 3)),
-            ValueError,
-            r"k \(2, 3\) and v \(3, 3\)",
-        ),
-        (
-            lambda: ops.attention(ones(3, 2), ones(1, 2), ones(1, 2)),
-            ValueError,
-            "causal attention: 1 keys for 3 queries; expected at least as many",
-        ),
-    ],
-)
-def test_errors_say_what_is_wrong(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+BAD = {  # a key word of the message; ours where NumPy would go on in silence
+    "broadcast": lambda: ones(2, 3) + ones(2),
+    "do not mix": lambda: ones(2) + ones(2, dtype=np.float32),
+    "plain number": lambda: ones(2) ** ones(2),
+    r"matmul: shapes \(2, 3\) and \(4, 3\)": lambda: ones(2, 3) @ ones(4, 3),
+    r"matmul: shapes \(3,\) and \(3, 2\)": lambda: ones(3) @ ones(3, 2),
+    r"\(5,2,3\).*\(4,3,2\)": lambda: ones(5, 2, 3) @ ones(4, 3, 2),
+    "must match": lambda: ops.prepend(ones(2, 3), ones(5, 4, 2)),
+    "dimension": lambda: ops.prepend(ones(2, 3), ones(4, 3)),
+    r"size 6 into shape \(4,\)": lambda: ones(2, 3).reshape(4),
+    r"linear: shapes \(2, 3\) and \(4, 2\)": lambda: ops.linear(ones(2, 3), ones(4, 2)),
+    "convert one": lambda: ops.linear(ones(2, 3), ones(4, 3, dtype=np.float32)),
+    "of integer": lambda: ops.cross_entropy(ones(2, 3), [0.0, 1.0]),
+    "of integer .or boolean": lambda: ops.embedding(ones(4, 2), [0.0, 1.0]),
+    "run from 0 to 4; expected 0 to 3": lambda: ops.embedding(ones(4, 2), [0, 4]),
+    "run from -1 to 2": lambda: ops.embedding(ones(4, 2), [-1, 2]),
+    r"\(3, 2\)": lambda: ops.cross_entropy(ones(2, 3, 5), np.zeros((3, 2), int)),
+    "zero-size": lambda: ops.cross_entropy(ones(2, 5), [-100, -100]),
+    "run from 0 to 5": lambda: ops.cross_entropy(ones(2, 5), [0, 5]),
+    "run from -1 to 4": lambda: ops.cross_entropy(ones(2, 5), [-1, 4]),
+    "size 4 is different": lambda: ops.attention(ones(2, 3), ones(2, 4), ones(2, 4)),
+    "size 3 is different": lambda: ops.attention(ones(2, 3), ones(2, 3), ones(3, 3)),
+    "1 keys for 3 queries": lambda: ops.attention(ones(3, 2), ones(1, 2), ones(1, 2)),
+}
+
+
+@pytest.mark.parametrize("word", BAD)
+def test_errors_say_what_is_wrong(word):
+    with pytest.raises((ValueError, TypeError, IndexError), match=word):
+        BAD[word]()
 
 
 def test_the_slope_of_a_constant_power_is_zero_at_zero_too():

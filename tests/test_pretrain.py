@@ -118,7 +118,7 @@ def test_the_command_writes_everything(short, tmp_path, capsys):
     assert [step for step, _ in story["exact_match"]] == [0, 3]
     model = load_model(out / "base.safetensors")
     assert (model.head.weight.data != pretrain.fresh().head.weight.data).any()
-    assert [line.split()[0] for line in told.out.splitlines()] == list(tasks.TASKS)
+    assert [line.split()[0] for line in told.out.splitlines()] == [*tasks.TASKS, "The"]
     assert "pre-training: 100%" in told.err
 
 
@@ -132,6 +132,47 @@ def test_after_ctrl_c_nothing_is_written(short, tmp_path, monkeypatch, capsys):
     assert pretrain.main(["--out", str(tmp_path)]) == 130
     assert "interrupted: nothing was written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_it_trains_loses_nothing(short, tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")  # Windows has none
+    out, limit, train = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE), pretrain.fit
+    (tmp_path / "full").mkdir()
+    assert pretrain.main(["--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fit(*args, **kwargs):
+        history = train(*args, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        return history
+
+    monkeypatch.setattr(pretrain, "fit", fit)
+    monkeypatch.setattr(pretrain.tempfile, "tempdir", str(tmp_path / "full"))
+    capsys.readouterr()
+    try:
+        assert pretrain.main(["--out", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = capsys.readouterr().out.splitlines()[len(tasks.TASKS) :]
+    assert [line.partition(":")[0] for line in told] == [
+        f"cannot write into {str(folder)!r}" for folder in (out, tmp_path / "full/minilora-data")
+    ]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_has_no_room_goes_into_another_folder(short, tmp_path, monkeypatch, capsys):
+    save = pretrain.io.save_model
+
+    def save_model(model, path):
+        if (tmp_path / "out") in path.parents:
+            raise OSError(28, "No space left on device", str(path))
+        save(model, path)
+
+    monkeypatch.setattr(pretrain.io, "save_model", save_model)
+    monkeypatch.setattr(pretrain.tempfile, "tempdir", str(tmp_path))
+    assert pretrain.main(["--out", str(tmp_path / "out")]) == 1
+    assert "No space left" in capsys.readouterr().out and not any((tmp_path / "out").iterdir())
+    assert sums(tmp_path / "minilora-data").keys() == set(MADE)
 
 
 @pytest.mark.parametrize("wrong", ["--steps", "file", "file/data", "taken"])

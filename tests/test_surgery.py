@@ -391,7 +391,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_merged(bad):
     model = adapted(small())
     model.blocks[1].attn.v.B.data[3, 1] = bad
     before = state(model)
-    with pytest.raises(ValueError, match="blocks.1.attn.v: .*diverged"):
+    with pytest.raises(ValueError, match="blocks.1.attn.v .*diverged"):
         merge(model)
     assert_unchanged(model, before)
 

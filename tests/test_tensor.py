@@ -225,12 +225,12 @@ def test_backward_of_what_does_not_train_is_an_error():
 
 
 def test_backward_of_a_vector_wants_a_sum_or_a_grad():
-    with pytest.raises(RuntimeError, match=r"shape is \(2,\), not a scalar; sum it first, or pass"):
+    with pytest.raises(RuntimeError, match=r"shape is \(2,\), not a scalar; sum it, or pass"):
         leaf(1.0, 2.0).backward()
 
 
 def test_a_grad_of_another_shape_is_an_error_that_names_both():
-    with pytest.raises(ValueError, match=r"grad has shape \(3,\), the tensor \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         leaf(1.0, 2.0).backward(np.ones(3))
 
 

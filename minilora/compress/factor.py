@@ -20,9 +20,8 @@ def _left(w, r):
 def truncated_svd(w, r):
     """The nearest matrix of rank r, as a product: w ≈ left @ right, (m, r) and (r, n).
 
-    The error is √(σ²_{r+1} + …) in the Frobenius norm and σ_{r+1} in the spectral norm, and no
-    other matrix of rank r has a smaller one. Each side takes the root of the singular values,
-    so that both learn at the same pace afterwards.
+    The error is √(σ²_{r+1} + …) in the Frobenius norm and σ_{r+1} in the spectral norm, the least
+    there is. Each side takes the root of the singular values, so that both learn at one pace.
 
     Source: Eckart & Young 1936; Mirsky 1960 for the spectral norm.
     """
@@ -49,14 +48,12 @@ def make_up(w, gram, settle, damping=0.01, chunk=128):
     w_j costs (w_j / U_jj)². It is the Optimal Brain Surgeon, in a fixed order.
 
     Args:
-        w: (d_out, d_in). gram: C (d_in, d_in), the mean of x xᵀ, as `observe` finds it.
         settle: `settle(j, rest, u)` says what column j shall be, (d_out,), from all columns as
             they now stand, (d_in, d_out), and U.
         damping: λ over the mean of C's diagonal.
         chunk: columns settled before those after them hear of it; `settle` may look so far.
 
-    Returns:
-        The settled weight, (d_out, d_in), float64.
+    Returns: the settled weight, (d_out, d_in), float64.
 
     Source: LeCun et al. 1989, "Optimal brain damage"; Hassibi & Stork 1992, "Second order
     derivatives for network pruning"; Frantar et al. 2022, arXiv 2210.17323, section 3.
@@ -81,10 +78,6 @@ def weighted_svd(w, gram, r):
     It has the least tr(E C Eᵀ), the mean of ‖E x‖² with E = w − left @ right; what no input
     excites hardly counts. With C = S Sᵀ that is ‖E S‖², so W S is what must be truncated.
 
-    Args:
-        w: (d_out, d_in). gram: C (d_in, d_in), the mean of x xᵀ, as `observe` finds it.
-        r: the rank, from 1 to min(d_out, d_in).
-
     Source: Wang et al. 2024, arXiv 2403.07378, section 3.1.
     """
     check_rank(r, w.shape)
@@ -104,10 +97,8 @@ def rank_for_energy(w, energy):
 
 
 def rank_for_budget(shape, numbers):
-    """The largest r for which left (m, r) and right (r, n) hold no more than `numbers`."""
+    """The largest r for which left (m, r) and right (r, n) hold no more than `numbers`, or 0."""
     m, n = map(int, shape)
-    if numbers < m + n:
-        raise ValueError(f"numbers is {numbers!r}; expected {m + n} or more, which is rank 1")
     return int(min(numbers // (m + n), m, n))
 
 
@@ -157,8 +148,7 @@ def hosvd(t, ranks):
 def tucker(t, ranks, iterations=10):
     """Start from `hosvd`, then improve one axis at a time, given the others (HOOI).
 
-    No step makes the error larger, so the result is never worse than that of `hosvd`; it need
-    not be the best there is.
+    No step makes the error larger, so it is never worse than `hosvd`; it need not be the best.
 
     Args:
         t: (n_1, …, n_N), N ≥ 2. ranks: N whole numbers, r_k from 1 to n_k.
@@ -188,9 +178,8 @@ def tensor_train(t, ranks):
         t: (n_1, …, n_N), N ≥ 2.
         ranks: N − 1 whole numbers, r_k from 1 to min(r_{k−1} · n_k, n_{k+1} · … · n_N), r_0 = 1.
 
-    Returns:
-        A list of N cores (r_{k−1}, n_k, r_k), r_0 = r_N = 1; all but the last have orthonormal
-        columns as matrices (r_{k−1} · n_k, r_k).
+    Returns: N cores (r_{k−1}, n_k, r_k), r_0 = r_N = 1; all but the last have orthonormal columns
+    as matrices (r_{k−1} · n_k, r_k).
 
     Source: Oseledets 2011, "Tensor-train decomposition", theorem 2.2 and algorithm 1.
     """

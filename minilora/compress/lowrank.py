@@ -8,6 +8,7 @@ from .. import ops
 from ..nn import Linear, Parameter
 from ..surgery import as_patterns, plain, put_all
 from .factor import rank_for_energy, root_of, truncated_svd, tucker, weighted_svd
+from .observe import by_data
 
 # ------------------------------------------------------------------ layers
 
@@ -21,25 +22,20 @@ class LowRankLinear(Linear):
     """
 
     def __init__(self, left, right, bias=None):
-        shapes = left.shape, right.shape, left.shape[:1] if bias is None else bias.shape
-        if [len(s) for s in shapes] != [2, 2, 1] or shapes[0] != (*shapes[2], shapes[1][0]):
-            raise ValueError(
-                f"left, right, bias have {shapes}; expected (d_out, r), (r, d_in), (d_out,)"
-            )
+        sizes = left.shape, right.shape, left.shape[:1] if bias is None else bias.shape
+        if [*map(len, sizes)] != [2, 2, 1] or sizes[0] != sizes[2] + sizes[1][:1]:
+            raise ValueError(f"left, right, bias are {sizes}; expected (m, r), (r, n), (m,)")
         self.left, self.right = Parameter(left), Parameter(right)
         self.bias = None if bias is None else Parameter(bias)
 
     @property
     def shape(self):
-        """(d_out, d_in) of the weight."""
         return self.left.shape[0], self.right.shape[1]
 
     def dense(self):
-        """The weight that the factors stand for, a plain array (d_out, d_in)."""
-        return self.left.data @ self.right.data
+        return self.left.data @ self.right.data  # (d_out, d_in)
 
     def config(self):
-        """What `restore` needs beside `arrays`, for a file."""
         return {"kind": "LowRankLinear"}
 
     def arrays(self):
@@ -77,9 +73,8 @@ class TuckerLinear(Linear):
         self.bias = None if bias is None else Parameter(bias)
 
     def dense(self):
-        """The weight that the factors stand for, a plain array (d_out, d_in)."""
         inner = np.tensordot(self.mix.data[self.i], self.core.data, 1)  # (r2, r3)
-        return self.left.data @ inner @ self.right.data
+        return self.left.data @ inner @ self.right.data  # (d_out, d_in)
 
     def forward(self, x):
         r1, r2, r3 = self.core.shape
@@ -98,64 +93,54 @@ class TuckerLinear(Linear):
 # ------------------------------------------------------------------ recipes
 
 
-def _with_bias(new, layer):
-    """`new` with a copy of the bias of `layer`, frozen where that is."""
-    if layer.bias is not None:
-        new.bias = Parameter(layer.bias.data.copy(), layer.bias.requires_grad)
+def _alike(layer, kind, *parts):
+    """A layer of a kind made of parts, with a copy of the bias of `layer`, that trains like it."""
+    new = kind(*parts, None if layer.bias is None else layer.bias.data.copy())
+    for name, p in new.named_parameters():
+        p.requires_grad = (layer.bias if name == "bias" else layer.weight).requires_grad
     return new
 
 
-def low_rank(model, r, targets="blocks.*", *, grams=None):
+def low_rank(model, r, targets="blocks.*", *, grams=None, in_turn=None):
     """Put two thin layers in place of each linear layer whose name matches.
 
-    Factors train where the weight trained. They save numbers if r < mn / (m + n).
+    They save numbers if r < mn / (m + n).
 
     Args:
-        model: changed in place.
         r: the rank; or a share of energy to keep, above 0 and up to 1.0 (1 is rank 1); or a
             dictionary from patterns to either, which then stand for `targets`; a layer takes the
             first pattern that it matches.
-        targets: one pattern or several for plain linear layers.
-        grams: what `observe` gave: then the outputs are kept near, by `weighted_svd`, and energy
-            is that of the outputs.
+        grams, in_turn: with either the outputs are kept near, by `weighted_svd`, and energy is
+            that of the outputs.
 
     Source: Denton et al. 2014, arXiv 1404.0736; Wang et al. 2024, arXiv 2403.07378.
     """
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
-    fresh = {}
-    for name, layer in plain(model, tuple(ranks)).items():
-        w, gram = layer.weight.data, None if grams is None else grams[name]
-        rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
+
+    def make(name, layer, gram):
+        w, rank = layer.weight.data, next(r for p, r in ranks.items() if fnmatchcase(name, p))
         if isinstance(rank, float):
             rank = rank_for_energy(w if gram is None else w @ root_of(gram), rank)
         found = truncated_svd(w, rank) if gram is None else weighted_svd(w, gram, rank)
-        fresh[name] = _with_bias(LowRankLinear(*found), layer)
-        for p in (fresh[name].left, fresh[name].right):
-            p.requires_grad = layer.weight.requires_grad
-    return put_all(model, fresh)
+        return _alike(layer, LowRankLinear, *found)
+
+    return put_all(model, by_data(model, plain(model, tuple(ranks)), make, grams, in_turn))
 
 
 def tucker_layers(model, ranks, targets="blocks.*.attn.[qkvo]"):
     """Stack equal-shaped layers, (n, d_out, d_in), fit one Tucker and share it between them.
 
-    Together they hold n·r1 + r1·r2·r3 + d_out·r2 + r3·d_in numbers beside their biases.
-
-    Args:
-        model: changed in place; the factors train if the weights did.
-        ranks: (r1, r2, r3), for layers, outputs and inputs.
-        targets: one pattern or several for plain linear layers, stacked in the model's order.
+    Together they hold n·r1 + r1·r2·r3 + d_out·r2 + r3·d_in numbers beside their biases. `ranks`
+    is (r1, r2, r3), for layers, outputs and inputs; layers are stacked in the model's order.
 
     Source: Tucker 1966; Kolda & Bader 2009, "Tensor decompositions and applications", section 4.
     """
     layers = plain(model, targets)
-    weights = [layer.weight for layer in layers.values()]
-    if len({(w.shape, w.requires_grad) for w in weights}) > 1:
+    if len({(m.shape, m.weight.requires_grad) for m in layers.values()}) > 1:
         raise ValueError("targets: layers differ in shape, or some are frozen; expected all alike")
-    found = tucker(np.stack([w.data for w in weights]), ranks)  # of (n, d_out, d_in)
+    found = tucker(np.stack([m.weight.data for m in layers.values()]), ranks)
     mix, left, right = found.factors
-    shared = [
-        Parameter(part, weights[0].requires_grad)
-        for part in (mix, found.core, left, np.ascontiguousarray(right.T))  # right (r3, d_in)
-    ]
+    right = np.ascontiguousarray(right.T)  # (d_in, r3) -> (r3, d_in)
+    shared = [*map(Parameter, (mix, found.core, left, right))]
     named = enumerate(layers.items())
-    return put_all(model, {n: _with_bias(TuckerLinear(i, *shared), m) for i, (n, m) in named})
+    return put_all(model, {n: _alike(m, TuckerLinear, i, *shared) for i, (n, m) in named})

@@ -1,7 +1,8 @@
 """Pruning: connections (a mask), neurons and heads (smaller matrices), blocks (fewer of them).
 
 A mask saves bytes in a file and no time; what is cut out saves both. In each case the lowest
-scores go, and of equal ones those that come first.
+scores go, and of equal ones those that come first. A sparsity is a share of zeros, from 0 up to,
+not at, 1; masks are booleans, True = keep.
 """
 
 from math import prod
@@ -12,7 +13,9 @@ from .. import ops
 from ..nn import Linear, Module
 from ..surgery import Wrapper, detached, find, like, plain, put_all, wrappers
 from .factor import make_up
-from .observe import watch
+from .observe import by_data, watch
+
+STEP = 8  # by tests/benchmarks/by_data.py: 1 to 8 columns do as well, 32 and more do worse
 
 # ------------------------------------------------------------------ which to keep
 
@@ -29,74 +32,59 @@ def _lowest(score, n):
 
 def _drop(score, sparsity, scope="row"):
     """Where the lowest share is, of each row, of all, or of each `scope` neighbours in a row."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity!r}; expected a share from 0 up to, not at, 1")
     d_in = score.shape[-1]
-    if scope not in ("row", "layer") and d_in % scope:
-        raise ValueError(f"scope is {scope}; expected a divisor of d_in = {d_in}")
-    size = {"row": d_in, "layer": score.size}.get(scope, scope)
-    groups = score.reshape(-1, size)  # (…, d_in) -> (groups, size)
-    return _lowest(groups, round(sparsity * size)).reshape(score.shape)
+    sizes = {n: n for n in range(1, d_in + 1) if d_in % n == 0} | {"row": d_in, "layer": score.size}
+    if not 0 <= sparsity < 1 or scope not in sizes:
+        names = "'row', 'layer', 'global', a divisor"
+        raise ValueError(f"sparsity is {sparsity!r}, scope {scope!r}; expected 0 to 1, {names}")
+    groups = score.reshape(-1, sizes[scope])  # (…, d_in) -> (groups, size)
+    return _lowest(groups, round(sparsity * groups.shape[1])).reshape(score.shape)
 
 
 def magnitude_mask(w, sparsity):
     """Keep the weights that are farthest from zero: the least squared error for so many zeros.
 
-    Args:
-        w: an array of any shape.
-        sparsity: the share of zeros, from 0 up to, not at, 1.
-
-    Returns:
-        Booleans in the shape of `w`, True = keep, with exactly `round(sparsity * w.size)` False.
-        The masks of one `w` are nested: a higher sparsity only takes more away.
+    `w` has any shape, and exactly `round(sparsity * w.size)` of the mask is False. The masks of
+    one `w` are nested: a higher sparsity only takes more away.
 
     Source: Han et al. 2015, arXiv 1506.02626, section 3.
     """
     return ~_drop(np.abs(w), sparsity, "layer")
 
 
-def _wanda(w, gram):
-    return np.abs(w) * np.sqrt(np.diagonal(gram))  # (d_out, d_in)
+def _score(w, gram):
+    return np.abs(w) if gram is None else np.abs(w) * np.sqrt(np.diagonal(gram))  # (d_out, d_in)
 
 
 def wanda_mask(w, gram, sparsity):
     """Keep, in each row, the weights with the largest |w_j| · ‖x_j‖: size times what it meets.
 
     If the features of x were uncorrelated, this would be the least mean squared error of each
-    output, Σ w_j² E[x_j²] over what is taken away.
-
-    Args:
-        w: (d_out, d_in).
-        gram: (d_in, d_in), the mean of x xᵀ as `observe` gives it; its diagonal is E[x_j²].
-        sparsity: the share of zeros in each row, from 0 up to, not at, 1.
-
-    Returns:
-        Booleans (d_out, d_in), True = keep, with exactly `round(sparsity * d_in)` False a row.
+    output, Σ w_j² E[x_j²] over what is taken away. Exactly `round(sparsity * d_in)` go in a row.
 
     Source: Sun et al. 2023, arXiv 2306.11695, section 3.
     """
-    return ~_drop(_wanda(w, gram), sparsity)
+    return ~_drop(_score(w, gram), sparsity)
 
 
 def sparse_gpt(w, gram, sparsity, *, scope="layer", kept=True, damping=0.01):
     """Take weights away column by column, those still to come making up for what goes.
 
-    In each 8 columns (or `scope` of them), once their turn comes, the weights go whose removal
-    costs least, (w / U_jj)²: see `make_up`, and `gptq` for the same with rounding. The paper's
-    128 of some thousand columns are about as large a part of a layer.
+    In each `STEP` columns, or those of a `scope`, once their turn comes, the weights go whose
+    removal costs least, (w / U_jj)²: see `make_up`, and `gptq` for the same with rounding. The
+    paper's 128 of some thousand columns are about as large a part of a layer.
 
     Args:
-        w: (d_out, d_in). gram, damping: as for `make_up`.
-        sparsity: the share of zeros, from 0 up to, not at, 1.
-        scope: `"layer"`, or how many neighbours in a row hold this share, as for `sparsify`.
+        scope: what holds this share of zeros: `"layer"`, `"row"`, or so many neighbours in a row.
         kept: booleans (d_out, d_in), False = gone from the start; or True.
+        damping: as for `make_up`.
 
-    Returns:
-        The weight, (d_out, d_in), with zeros; and booleans, True = kept.
+    Returns: the weight, (d_out, d_in), with zeros; and its mask.
 
     Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
     """
-    mask, width = np.broadcast_to(kept, w.shape).copy(), 8 if scope == "layer" else scope
+    mask = np.broadcast_to(kept, w.shape).copy()
+    width = {"layer": STEP, "row": w.shape[1]}.get(scope, scope)
 
     def settle(j, rest, u):
         if j % width == 0:
@@ -117,16 +105,14 @@ class Masked(Wrapper):
 
     Args:
         base: a plain `Linear`; it stays whole, so a masked weight keeps its value.
-        mask: booleans (d_out, d_in), True = keep. It is no parameter and never trains.
+        mask: booleans (d_out, d_in). It is no parameter and never trains.
 
     A masked weight gets a gradient of exactly zero. So a fresh optimiser without weight decay
     leaves it as it was, bit for bit. One product of the size of W is added to each step.
     """
 
     def __init__(self, base, mask):
-        if np.shape(mask) != base.shape:
-            raise ValueError(f"mask has shape {np.shape(mask)}; expected {base.shape}")
-        self.base, self.mask = base, np.array(mask, bool)
+        self.base, self.mask = base, np.array(np.broadcast_to(mask, base.shape), bool)
 
     @property
     def sparsity(self):
@@ -134,8 +120,7 @@ class Masked(Wrapper):
         return 1 - np.count_nonzero(self.mask) / self.mask.size
 
     def dense(self):
-        """The weight that the layer acts with, (d_out, d_in)."""
-        return self.base.dense() * self.mask
+        return self.base.dense() * self.mask  # (d_out, d_in)
 
     def forward(self, x):
         w = self.base.weight * self.mask
@@ -145,65 +130,63 @@ class Masked(Wrapper):
         return f"Masked(sparsity={self.sparsity:.4g}, base={self.base!r})"
 
 
-def sparsify(model, sparsity, targets="blocks.*", *, scope=None, grams=None, compensate=False):
-    """Put a mask on the layers whose names match, by |w|, or by |w| · ‖x‖ if `grams` are given.
+def sparsify(
+    model, sparsity, targets="blocks.*", *, scope=None, grams=None, in_turn=None, compensate=False
+):
+    """Put a mask on the layers whose names match, by |w|, or by |w| · ‖x‖ with grams.
 
     On a model that is masked already this prunes further, so that a loop of training and
     `sparsify` prunes step by step: a mask only ever loses entries, and a sparsity below the one
     there is changes nothing. `merge` makes plain layers with zeros of it, `detach` lifts the mask.
 
     Args:
-        model: changed in place; what trains goes on training.
-        sparsity: the share of zeros, from 0 up to, not at, 1, counted from the whole layer.
-        targets: one pattern or several for plain linear layers.
+        sparsity: the share of zeros, counted from the whole layer.
         scope: this share of what: each `"layer"`; each `"row"`, as Wanda does, and as is done
             with grams if nothing is said; `"global"`, all layers together, by one threshold; or
             each so many neighbours in a row: 4 with a sparsity of .5 is the 2:4 of GPUs.
-        grams: what `observe` gave. `observe` wants a plain model: to prune by fresh grams,
-            `merge` first; zeros have the lowest score.
-        compensate: prune by `sparse_gpt`, with grams, by layers or neighbours: the weights that
-            stay change, and `detach` does not bring them back.
+        grams, in_turn: `observe` wants a plain model: to prune by fresh grams, `merge` first;
+            zeros have the lowest score. `in_turn` takes a masked one, but is not for `"global"`.
+        compensate: prune by `sparse_gpt`, with grams: the weights that stay change, and `detach`
+            does not bring them back.
 
     Source: Han et al. 2015, arXiv 1506.02626, section 3; Sun et al. 2023, arXiv 2306.11695.
     """
-    scope = scope or ("layer" if grams is None or compensate else "row")
-    unfit = compensate and (grams is None or scope in ("row", "global"))
-    if unfit or not (scope in ("row", "layer", "global") or isinstance(scope, int)):
-        raise ValueError(f"scope is {scope!r}; expected 'layer' or a number, 'row', 'global'")
+    blind = grams is None and in_turn is None
+    scope = scope or ("layer" if blind or compensate else "row")
+    if (compensate and blind) or (scope == "global" and (compensate or in_turn is not None)):
+        raise ValueError(f"scope is {scope!r}; expected grams, and no 'global', to compensate")
     on = wrappers(model)
     if not all(isinstance(wrapper, Masked) for wrapper in on.values()):
         plain(model, "*", Module, ties=True)  # refuses an adapter
     with detached(model):
         layers = plain(model, targets)
-    kept = {name: on[name].mask if name in on else True for name in layers}
-    scores, gone, fresh = {}, {}, {}
-    for name, layer in layers.items():
-        w = layer.weight.data
-        score = np.abs(w) if grams is None else _wanda(w, grams[name])
-        scores[name] = np.where(kept[name], score, -1)  # what is masked stays so
-    if scope == "global":
-        every = np.concatenate([score.reshape(-1) for score in scores.values()])  # (all weights,)
-        ends = np.cumsum([score.size for score in scores.values()], dtype=np.int64)[:-1]
-        gone = dict(zip(layers, np.split(_drop(every, sparsity), ends), strict=True))
-    for name, layer in layers.items():
+    kept = {name: on[name].mask if name in on else np.True_ for name in layers}
+    gone = {}
+
+    def score(name, layer, gram):
+        return np.where(kept[name], _score(layer.weight.data, gram), -1)  # what is masked stays so
+
+    def make(name, layer, gram):
         if compensate:
-            w, gram = layer.weight.data, grams[name]
-            w, mask = sparse_gpt(w, gram, sparsity, scope=scope, kept=kept[name])
-            layer = _cut(layer)  # a copy: the old layer stays what it was
+            old, layer = layer, _cut(layer)  # a copy: the old layer stays what it was
+            w, mask = sparse_gpt(old.weight.data, gram, sparsity, scope=scope, kept=kept[name])
             layer.weight.data[...] = w
-        elif scope == "global":
-            mask = kept[name] & ~gone[name].reshape(layer.shape)  # (n,) -> (d_out, d_in)
-        else:
-            mask = kept[name] & ~_drop(scores[name], sparsity, scope)
-        fresh[name] = Masked(layer, mask)
-    return put_all(model, fresh)
+            return Masked(layer, mask)
+        lost = gone[name] if gone else _drop(score(name, layer, gram), sparsity, scope)
+        return Masked(layer, kept[name] & ~lost.reshape(layer.shape))
+
+    if scope == "global":
+        scores = [a.reshape(-1) for a in by_data(model, layers, score, grams).values()]
+        every = _drop(np.concatenate(scores), sparsity)  # (all weights,)
+        ends = np.cumsum([a.size for a in scores], dtype=np.int64)[:-1]
+        gone = dict(zip(layers, np.split(every, ends), strict=True))
+    return put_all(model, by_data(model, layers, make, grams, in_turn))
 
 
 def rewind(model, weights):
     """Set the weights back to an earlier state and keep the masks: a lottery ticket.
 
     Args:
-        model: with or without masks; changed in place.
         weights: names in the plain model to arrays, such as
             `{name: p.data.copy() for name, p in model.named_parameters()}` before `sparsify`.
 
@@ -228,12 +211,13 @@ def _whole(model, targets, parts):
     return found
 
 
-def _how_many(keep, n):
-    """`keep`, a share (a float) or a whole number, as a whole number from 1 to `n`."""
+def _stay(score, keep):
+    """Where the highest scores are, (n,) to (kept,), of which `keep` is the share or number."""
+    n = len(score)
     kept = round(keep * n) if isinstance(keep, float) else keep
     if kept not in range(1, n + 1) or keep is True:
         raise ValueError(f"keep is {keep!r}; expected 1 to {n}, or a share that leaves one or more")
-    return int(kept)
+    return np.flatnonzero(~_lowest(score, n - kept))
 
 
 def _cut(layer, rows=slice(None), columns=slice(None)):
@@ -254,24 +238,20 @@ def prune_neurons(model, keep, targets="blocks.*.mlp", *, grams=None):
     activation. Each neuron costs 2·d weights and a bias. Those kept stay in their order.
 
     Args:
-        model: changed in place; new layers train where the old ones did.
         keep: how many neurons of each MLP, from 1, or a share: 1 is one neuron, 1.0 all of them.
-        targets: one pattern or several for modules with `up` and `down`. A `gate` beside `up`
-            is cut, and scored, like it.
-        grams: what `observe` gave; the one of `<name>.down` is used.
+        targets: modules with `up` and `down`. A `gate` beside `up` is cut, and scored, like it.
+        grams: the one of `<name>.down` is used.
 
     Source: Li et al. 2017, arXiv 1608.08710, section 3.1, who score filters by their norm.
     """
     fresh = {}
     for name, mlp in _whole(model, targets, "up down").items():
-        score = _squares(mlp.down.weight.data, 0)  # (d, n) -> (n,)
         inner = [part for part in ("gate", "up") if hasattr(mlp, part)]
-        for part in inner if grams is None else ():
-            score = score * _squares(getattr(mlp, part).weight.data, 1)  # (n, d) -> (n,)
-        if grams is not None:
-            score = score * np.diagonal(grams[f"{name}.down"])
-        lost = _lowest(score, len(score) - _how_many(keep, len(score)))
-        stay = np.flatnonzero(~lost)  # (kept,)
+        if grams is None:
+            sizes = [_squares(getattr(mlp, part).weight.data, 1) for part in inner]  # of (n,)
+        else:
+            sizes = [np.diagonal(grams[f"{name}.down"])]
+        stay = _stay(prod(sizes, start=_squares(mlp.down.weight.data, 0)), keep)  # (kept,)
         fresh |= {f"{name}.{part}": _cut(getattr(mlp, part), rows=stay) for part in inner}
         fresh[f"{name}.down"] = _cut(mlp.down, columns=stay)
     return put_all(model, fresh)
@@ -285,10 +265,9 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
     Each head costs 4·d·d_head weights and 3·d_head biases.
 
     Args:
-        model: changed in place; new layers train where the old ones did.
         keep: how many heads of each layer, from 1, or a share: 1 is one head, 1.0 all of them.
-        targets: one pattern or several for modules with `q`, `k`, `v`, `o` and `n_head`.
-        grams: what `observe` gave; the one of `<name>.o` is used.
+        targets: modules with `q`, `k`, `v`, `o` and `n_head`.
+        grams: the one of `<name>.o` is used.
 
     Source: Michel et al. 2019, arXiv 1905.10650, who score heads by gradients instead.
     """
@@ -297,7 +276,6 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
         heads, size = attn.n_head, attn.o.d_in // attn.n_head
         if attn.k.d_out != attn.q.d_out:
             raise ValueError(f"{name}: several heads of q share one of k; they cannot be pruned")
-        kept = _how_many(keep, heads)
         o = attn.o.weight.data.reshape(-1, heads, size)  # (d, H·s) -> (d, H, s)
         if grams is None:
             v = attn.v.weight.data.reshape(heads, size, -1)  # (H·s, d) -> (H, s, d)
@@ -307,11 +285,11 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
             c = np.einsum("hihj->hij", c)  # (H, s, H, s) -> (H, s, s), the blocks on the diagonal
             o = o.transpose(1, 0, 2)  # (d, H, s) -> (H, d, s)
             score = np.einsum("hoi,hoi->h", o @ c, o)  # (H,)
-        stay = np.flatnonzero(~_lowest(score, heads - kept))  # (kept,)
+        stay = _stay(score, keep)  # (kept,)
         at = (stay[:, None] * size + np.arange(size)).reshape(-1)  # (kept, s) -> (kept·s,)
         fresh |= {f"{name}.{part}": _cut(getattr(attn, part), rows=at) for part in "qkv"}
         fresh[f"{name}.o"] = _cut(attn.o, columns=at)
-        counts.append((attn, kept))
+        counts.append((attn, len(stay)))
     for attn, kept in counts:
         attn.n_head = kept
     return put_all(model, fresh)
@@ -323,14 +301,8 @@ def prune_heads(model, keep, targets="blocks.*.attn", *, grams=None):
 def block_similarity(model, inputs):
     """The mean cosine between what enters and what leaves each block, over all positions.
 
-    Near 1, a block hardly turns the stream and may be left out; ShortGPT's *block influence* is
-    1 less this.
-
-    Args:
-        model: left as it was. inputs: token ids (N, T), run in one pass.
-
-    Returns:
-        float64 (n_layer,), from -1 to 1.
+    float64 (n_layer,), for token ids (N, T), run in one pass. Near 1, a block hardly turns the
+    stream and may be left out; ShortGPT's *block influence* is 1 less this.
 
     Source: Men et al. 2024, arXiv 2403.03853, section 3.
     """
@@ -347,11 +319,7 @@ def block_similarity(model, inputs):
 
 
 def drop_blocks(model, which):
-    """Take whole blocks out of a `Transformer`.
-
-    Args:
-        model: changed in place.
-        which: one index or several, from 0; one block at least must be left.
+    """Take whole blocks out of a `Transformer`: one index or several, but not all of them.
 
     Source: Men et al. 2024, arXiv 2403.03853, section 3.
     """
@@ -379,9 +347,7 @@ def from_bitmap(bits, values, shape):
     """The array of this shape that `to_bitmap` packed; an error if they do not fit."""
     at, n = np.flatnonzero(np.unpackbits(bits)), prod(shape)
     if bits.shape != (-(-n // 8),) or at.shape != values.shape or (at >= n).any():
-        raise ValueError(
-            f"the bits or the values do not fit shape {shape}; expected a bit a weight"
-        )
+        raise ValueError(f"bits, values do not fit shape {shape}; expected a bit a weight")
     return from_indices(at, values, shape)
 
 
@@ -404,7 +370,7 @@ def from_indices(indices, values, shape):
 
 
 def break_even_sparsity(bits):
-    """The share of zeros beyond which a bitmap is smaller than the dense array: 1 / bits.
+    """The share of zeros beyond which a bitmap is smaller than the dense array.
 
     The bitmap costs a bit for every weight, and each zero saves the `bits` of one.
     """

@@ -29,7 +29,7 @@ class Quantised(NamedTuple):
     bits: int
     block: Any  # None, "row" or how many weights
     kind: str  # one of KINDS
-    zero: Any = None  # affine: float32, what code 0 stands for in each block
+    zero: Any = None  # affine: what code 0 stands for in each block, float32 or a Quantised of it
     levels: Any = None  # a codebook: float32, increasing
     mean: Any = None  # float32 (1,); double quantisation: the mean scale; NVFP4: that of all
 
@@ -38,13 +38,25 @@ class Quantised(NamedTuple):
         double = isinstance(self.scale, Quantised)
         return {"bits": self.bits, "block": self.block, "kind": self.kind, "double": double}
 
-    def arrays(self):
+    def arrays(self, prefix=""):
         """All arrays by name, for a file: codes, scale (with double, scale.codes …), zero …"""
-        scale = {"scale": self.scale}
-        if isinstance(self.scale, Quantised):
-            scale = {f"scale.{name}": a for name, a in self.scale.arrays().items()}
-        found = {"codes": self.packed, "zero": self.zero, "levels": self.levels, "mean": self.mean}
-        return {name: a for name, a in (found | scale).items() if a is not None}
+        found = {f"{prefix}codes": self.packed}
+        for name in ("scale", "zero", "levels", "mean"):
+            part = getattr(self, name)
+            if isinstance(part, Quantised):
+                found |= part.arrays(f"{prefix}{name}.")
+            elif part is not None:
+                found[prefix + name] = part
+        return found
+
+    def filled(self, arrays, prefix=""):
+        """The same with other arrays, by the names that `arrays` gives them."""
+        parts = {"packed": arrays[f"{prefix}codes"]}
+        for name in ("scale", "zero", "levels", "mean"):
+            parts[name], part = arrays.get(prefix + name), getattr(self, name)
+            if isinstance(part, Quantised):
+                parts[name] = part.filled(arrays, f"{prefix}{name}.")
+        return self._replace(**parts)
 
     @property
     def nbytes(self):
@@ -65,6 +77,10 @@ class Quantised(NamedTuple):
             return scale if self.mean is None else scale * self.mean
         return self.scale
 
+    def zeros(self):
+        """What code 0 stands for in each block, float32 (blocks,), or None."""
+        return dequantise(self.zero) if isinstance(self.zero, Quantised) else self.zero
+
     def spread(self, each):
         """A number for each block, (blocks,), as one for each weight, in the weights' shape."""
         size = block_size(self.shape, self.block)
@@ -74,27 +90,14 @@ class Quantised(NamedTuple):
 # ------------------------------------------------------------------ packing
 
 
-def _gaps(bits):
-    """Three steps that bring the codes in a 64-bit word together: twos, then fours, then eights.
-
-    Each is (how far, the lower one of all neighbours, the upper one), the latter two as masks.
-    """
-    for lane in (8, 16, 32):
-        used = bits * lane // 8
-        low = sum(((1 << used) - 1) << at for at in range(0, 64, 2 * lane))
-        yield np.uint64(lane - used), np.uint64(low), np.uint64(low << used)
-
-
 def pack(codes, bits):
     """Codes from 0 to 2^bits − 1 as a string of bits, the first code in the lowest bits: uint8.
 
-    Eight codes, one a byte, are one 64-bit word. Three shifts close the gaps between them, for
-    all words at once, and `bits` bytes of each word are left.
+    Eight codes make one 64-bit word, of which `bits` bytes are left.
     """
     codes = np.asarray(codes).ravel().astype(np.uint8)
-    words = np.pad(codes, (0, -codes.size % 8)).view("<u8")  # (8 m,) -> (m,)
-    for shift, low, high in _gaps(bits):
-        words = words & low | words >> shift & high
+    lanes = np.pad(codes, (0, -codes.size % 8)).reshape(-1, 8)  # (n,) -> (m, 8)
+    words = sum(lanes[:, i].astype("<u8") << np.uint64(i * bits) for i in range(8))  # (m,)
     packed = words.view(np.uint8).reshape(-1, 8)[:, :bits]  # (m, 8) -> (m, bits)
     return packed.ravel()[: -(-codes.size * bits // 8)]
 
@@ -103,10 +106,8 @@ def unpack(packed, bits, n):
     """The `n` codes (uint8) that `pack` made these bytes of."""
     words = np.zeros((-(-n // 8), 8), np.uint8)
     words[:, :bits] = np.pad(packed, (0, len(words) * bits - packed.size)).reshape(-1, bits)
-    words = words.view("<u8")  # (m, 8) -> (m, 1)
-    for shift, low, high in reversed([*_gaps(bits)]):
-        words = words & low | (words & high) << shift
-    return words.view(np.uint8).ravel()[:n]
+    lanes = words.view("<u8") >> np.arange(0, 8 * bits, bits, dtype="<u8")  # (m, 1) -> (m, 8)
+    return (lanes & np.uint64((1 << bits) - 1)).astype(np.uint8).ravel()[:n]
 
 
 # ------------------------------------------------------------------ levels
@@ -151,10 +152,8 @@ def kmeans_levels(w, k, iterations=30):
     """The `k` levels that lie nearest the weights: Lloyd's algorithm in one dimension.
 
     With the weights sorted, a cluster is a run of them, found by its ends and averaged from
-    cumulative sums. It starts at the quantiles, and an empty cluster keeps its level.
-
-    Returns:
-        Levels, increasing, float64 (k,), or fewer if `w` holds fewer different numbers.
+    cumulative sums. It starts at the quantiles, and an empty cluster keeps its level. Levels come
+    increasing, float64 (k,), or fewer if `w` holds fewer different numbers.
 
     Source: Han et al. 2016, arXiv 1510.00149, section 3; Lloyd 1982.
     """
@@ -166,10 +165,7 @@ def kmeans_levels(w, k, iterations=30):
         ends = np.concatenate([[0], inner, [w.size]])  # cluster i is w[ends[i] : ends[i + 1]]
         sizes = np.diff(ends)
         means = np.diff(sums[ends]) / np.maximum(sizes, 1)
-        fresh = np.where(sizes > 0, means, levels)
-        if np.array_equal(fresh, levels):
-            break
-        levels = np.sort(fresh)
+        levels = np.sort(np.where(sizes > 0, means, levels))
     return np.unique(levels)
 
 
@@ -211,23 +207,22 @@ def block_size(shape, block):
 
 def _scales(w, starts, bits, kind, top):
     """(scale, zero) of the blocks of w (n,), float32 (blocks,); zero is None but for affine."""
+    most, zero = np.maximum.reduceat(w if kind == "affine" else np.abs(w), starts), None
     if kind == "affine":
         zero = np.minimum.reduceat(w, starts).astype(np.float32)
-        scale = (np.maximum.reduceat(w, starts) - zero) / top
-        return np.maximum(scale, TINY).astype(np.float32), zero
-    if kind == "symmetric" and bits == 1:
-        scale = np.add.reduceat(np.abs(w), starts) / np.diff(starts, append=w.size)
-        return scale.astype(np.float32), None  # no grid: zeros must stay zeros
-    most = np.maximum.reduceat(np.abs(w), starts)
+        most = most - zero
     scale = most / top
     if kind == "mxfp4":  # the power of two of which `most` is from 4 to 8, though 6 is the top
         scale = np.ldexp(1.0, np.frexp(most)[1] - 3)
-    return np.maximum(scale, TINY).astype(np.float32), None
+    if kind == "symmetric" and bits == 1:  # no grid: zeros must stay zeros
+        scale = np.add.reduceat(np.abs(w), starts) / np.diff(starts, append=w.size)
+        return scale.astype(np.float32), None
+    return np.maximum(scale, TINY).astype(np.float32), zero
 
 
 def _coded(q, w, grid):
     """The same with the codes of the weights w, float64."""
-    x = w if q.zero is None else w - q.spread(q.zero)
+    x = w if q.zero is None else w - q.spread(q.zeros())
     x = x * q.spread(1 / np.maximum(q.scales().astype(np.float64), TINY))
     return q._replace(packed=pack(nearest(x, grid), q.bits))
 
@@ -265,7 +260,7 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
             `"levels"`: w ≈ max|w| · level, of those in `levels`.
         double: quantise the scales too, to 8 bits in groups of 256, around their mean: .127 bits
             a weight for blocks of 64, not .5. A scale far below its group's largest may
-            become zero.
+            become zero. Zeros likewise, between the ends of each group.
         clip: make each block's range as small as makes the squared error least: the largest
             weights err more, and all others less. At 4 bits and fewer it pays.
         levels: increasing, 1 to 2^bits of them, in units of max|w|; only for kind `"levels"`.
@@ -288,8 +283,9 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
     q = Quantised(None, scale, w.shape, bits, block, kind, zero, levels)
     q = _clipped(q, w, grid, starts) if clip else q
     if double:
-        mean = np.array([q.scale.mean(dtype=np.float64)], np.float32)
-        q = q._replace(scale=quantise(q.scale - mean, 8, block=256), mean=mean)
+        mean = q.scale.mean(keepdims=True, dtype=np.float64).astype(np.float32)
+        zero = None if zero is None else quantise(q.zero, 8, block=256, kind="affine")
+        q = q._replace(scale=quantise(q.scale - mean, 8, block=256), mean=mean, zero=zero)
     elif kind == "mxfp4":
         q = q._replace(scale=(np.frexp(q.scale)[1] + 126).astype(np.uint8))  # 2^k -> k + 127
     elif kind == "nvfp4":
@@ -305,15 +301,12 @@ def dequantise(q, dtype=np.float32):
     w = levels.take(codes, mode="clip")  # no code is too high, whatever a file may hold
     w *= q.spread(q.scales().astype(dtype))
     if q.zero is not None:
-        w += q.spread(q.zero.astype(dtype))
+        w += q.spread(q.zeros().astype(dtype))
     return w
 
 
 def kmeans(w, bits=4, *, block=None, iterations=30):
     """Quantise to 2^bits levels that k-means finds in the weights themselves, one set for all.
-
-    Args:
-        w, bits, block: as for `quantise`. iterations: as for `kmeans_levels`.
 
     Source: Han et al. 2016, arXiv 1510.00149, section 3.
     """
@@ -334,27 +327,24 @@ def gptq(w, gram, bits=4, *, block=64, damping=0.01, act_order=False, **settings
     correlated and the grid leaves room to make up for an error; with 1 bit it may do harm.
 
     Args:
-        w: (d_out, d_in), float32 or float64.
-        bits, block, settings: as for `quantise`; a whole `block` must divide d_in.
-        gram, damping: as for `make_up`.
+        bits, block, settings: as for `quantise`.
+        damping: as for `make_up`.
         act_order: go over the features from the loudest, E[x_j²], to the faintest: those that
             count most are rounded while most others can still make up for them.
 
     Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
     """
-    q, d_in = quantise(w, bits, block=block, **settings), w.shape[1]
-    if block not in (None, "row") and d_in % block:
-        raise ValueError(f"block is {block}; expected a divisor of d_in = {d_in}, 'row' or None")
+    q, order = quantise(w, bits, block=block, **settings), np.arange(w.shape[1])
     grid, codes = level_set(q.bits, q.kind, q.levels), np.empty(w.shape, np.uint8)
-    scale, zero = q.spread(q.scales()), q.spread(0 * q.scales() if q.zero is None else q.zero)
-
-    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(d_in)
+    scale = q.spread(q.scales().astype(np.float64))  # (d_out, d_in)
+    zero = np.zeros(w.shape) if q.zero is None else q.spread(q.zeros())
+    if act_order:
+        order = np.argsort(-np.diagonal(gram), kind="stable")
 
     def settle(j, rest, u):
         k = order[j]
-        own = scale[:, k].astype(np.float64)  # (d_out,)
-        codes[:, k] = nearest((rest[j] - zero[:, k]) * (1 / np.maximum(own, TINY)), grid)
-        return grid[codes[:, k]] * own + zero[:, k]
+        codes[:, k] = nearest((rest[j] - zero[:, k]) * (1 / np.maximum(scale[:, k], TINY)), grid)
+        return grid[codes[:, k]] * scale[:, k] + zero[:, k]
 
     make_up(w[:, order], gram[np.ix_(order, order)], settle, damping)
     return q._replace(packed=pack(codes, bits))

@@ -11,7 +11,8 @@ from ..peft.lora import LoRA, lora
 from ..surgery import Wrapper, freeze, plain, put_all, unfreeze
 from ..tensor import Tensor, no_grad, record
 from .factor import truncated_svd
-from .quantise import Quantised, dequantise, gptq, quantise
+from .observe import by_data
+from .quantise import dequantise, gptq, quantise
 
 
 class QuantLinear(Linear):
@@ -21,11 +22,11 @@ class QuantLinear(Linear):
     that a graph holds the packed codes alone. The weight cannot train; a LoRA over it can.
 
     Args:
-        layer: a `Linear`, or a layer with `dense()` (d_out, d_in) and `bias`.
-        bits, block, kind, double: as for `quantise`.
-        gram: (d_in, d_in), the mean of x xᵀ, to round by `gptq`; None to round to nearest.
+        layer: a layer with `dense()` (d_out, d_in) and `bias`, of which a copy is kept, frozen.
+        bits, settings: as for `quantise`.
+        gram: to round by `gptq`; None to round to nearest.
 
-    The bias is copied, and frozen. Source: Dettmers et al. 2023, arXiv 2305.14314, section 3.
+    Source: Dettmers et al. 2023, arXiv 2305.14314, section 3.
     """
 
     def __init__(self, layer, bits=4, *, gram=None, **settings):
@@ -36,17 +37,15 @@ class QuantLinear(Linear):
     def _settle(self, quantised, bias, dtype):
         self.quantised, self.dtype = quantised, np.dtype(dtype)
         self.bias = None if bias is None else Parameter(bias.copy(), requires_grad=False)
+        return self
 
     @classmethod
     def of(cls, quantised, bias=None, dtype=np.float32):
         """A layer around a `Quantised` (d_out, d_in) and a bias (d_out,) or None."""
-        layer = cls.__new__(cls)
-        layer._settle(quantised, bias, dtype)
-        return layer
+        return cls.__new__(cls)._settle(quantised, bias, dtype)
 
     @property
     def shape(self):
-        """(d_out, d_in) of the weight."""
         return self.quantised.shape
 
     @property
@@ -54,14 +53,8 @@ class QuantLinear(Linear):
         """How many weights the codes stand for."""
         return self.d_out * self.d_in
 
-    @property
-    def nbytes(self):
-        """The bytes of what is stored, the bias included."""
-        return sum(a.nbytes for a in self.arrays().values())
-
     def dense(self):
-        """The weight that the codes stand for, (d_out, d_in), made afresh."""
-        return dequantise(self.quantised, self.dtype)
+        return dequantise(self.quantised, self.dtype)  # (d_out, d_in), made afresh
 
     def forward(self, x):
         old = x.shape
@@ -76,9 +69,7 @@ class QuantLinear(Linear):
 
     def requantised(self, layer):
         """A new layer in the same format around the weight and bias of another, to nearest."""
-        w, bias = layer.dense(), None if layer.bias is None else layer.bias.data
-        q = quantise(w, **self.quantised.settings(), levels=self.quantised.levels)
-        return QuantLinear.of(q, bias, w.dtype)
+        return QuantLinear(layer, **self.quantised.settings(), levels=self.quantised.levels)
 
     def config(self):
         """What `restore` needs beside `arrays`, for a file: plain strings and numbers."""
@@ -94,34 +85,24 @@ class QuantLinear(Linear):
     def restore(cls, arrays, config, dtype=None):
         """The layer that `arrays()` and `config()` came from, in its own dtype or in another.
 
-        Raises:
-            ValueError: if an array is missing, unknown, not finite, or of another shape or dtype
-                than the config says, or if the config holds a bad setting.
+        A ValueError if an array is missing, unknown, not finite, or of another shape or dtype
+        than the config says, or if the config holds a bad setting.
         """
         dtype, n = np.dtype(dtype or config["dtype"]), prod(config["shape"])
         if n > 8 * arrays["codes"].size:  # a bit each is the least; before anything is made
             raise ValueError(f"{n} weights are claimed, for codes of {arrays['codes'].size} bytes")
-        w, bias = np.zeros(config["shape"], dtype), arrays.get("bias")
         settings = {name: config[name] for name in ("bits", "block", "double")}
         settings |= {"kind": config["format"], "levels": arrays.get("levels")}
         # What is stored has the form of a quantised zero; so it says what to expect.
-        like = cls.of(quantise(w, **settings), None if bias is None else w[:, 0], dtype)
-        if bias is not None:
-            arrays = arrays | {"bias": bias.astype(dtype)}
-        found, wanted = (
-            {name: (str(a.dtype), *a.shape) for name, a in each.items()}
-            for each in (arrays, like.arrays())
-        )
-        if found != wanted or not all(np.isfinite(a).all() for a in arrays.values()):
-            raise ValueError(f"arrays are {found}; expected {wanted}, all finite")
-        q = like.quantised
-        scale = arrays.get("scale")
-        if isinstance(q.scale, Quantised):
-            scale = q.scale._replace(packed=arrays["scale.codes"], scale=arrays["scale.scale"])
-        parts = {name: arrays.get(name) for name in ("zero", "mean")}
-        return cls.of(
-            q._replace(packed=arrays["codes"], scale=scale, **parts), arrays.get("bias"), dtype
-        )
+        w = np.zeros(config["shape"], dtype)
+        like, found = quantise(w, **settings), dict(arrays)
+        wanted = like.arrays()
+        if "bias" in found:
+            found["bias"], wanted["bias"] = found["bias"].astype(dtype), w[:, 0]
+        forms = [{n: (str(a.dtype), *a.shape) for n, a in d.items()} for d in (found, wanted)]
+        if forms[0] != forms[1] or not all(np.isfinite(a).all() for a in arrays.values()):
+            raise ValueError(f"arrays are {forms[0]}; expected {forms[1]}, all finite")
+        return cls.of(like.filled(found), found.get("bias"), dtype)
 
     def __repr__(self):
         q = self.quantised
@@ -133,26 +114,13 @@ class QuantLinear(Linear):
 # ------------------------------------------------------------------ training towards the grid
 
 
-def fake_quantise(w, **settings):
-    """dequantise(quantise(w)) as an operation whose gradient is passed on unchanged.
-
-    Rounding has a slope of zero or none; the *straight-through* estimator takes it for 1.
-
-    Args:
-        w: a tensor. settings: those of `quantise`.
-
-    Source: Bengio et al. 2013, arXiv 1308.3432, section 3.
-    """
-    return record(dequantise(quantise(w.data, **settings), w.dtype), (w, lambda g: g))
-
-
 class StraightThrough(Wrapper):
     """A linear layer that computes with its quantised weight and trains the one behind it.
 
-    Args:
-        base: a `Linear`. bits, form: as for `quantise` (`block`, `kind`, `double`).
+    `base` is a `Linear`; `bits` and `form` are as for `quantise`. Rounding has a slope of zero or
+    none; the *straight-through* estimator takes it for 1. (A "fake quantised" weight.)
 
-    `merged()` is the `QuantLinear` that computes the same.
+    Source: Bengio et al. 2013, arXiv 1308.3432, section 3.
     """
 
     def __init__(self, base, bits=4, **form):
@@ -160,15 +128,15 @@ class StraightThrough(Wrapper):
         self.dense()  # for the checks of `quantise`
 
     def dense(self):
-        """The weight that the layer acts with."""
-        return fake_quantise(Tensor(self.base.dense()), **self.form).data
+        w = self.base.dense()
+        return dequantise(quantise(w, **self.form), w.dtype)  # (d_out, d_in)
 
     def merged(self):
-        """A new `QuantLinear` that computes the same; nothing in it trains."""
         return QuantLinear(self.base, **self.form)
 
     def forward(self, x):
-        return ops.linear(x, fake_quantise(self.base.weight, **self.form), self.base.bias)
+        w = record(self.dense(), (self.base.weight, lambda g: g))
+        return ops.linear(x, w, self.base.bias)
 
     def __repr__(self):
         return f"StraightThrough({self.form['bits']} bits, base={self.base!r})"
@@ -177,19 +145,16 @@ class StraightThrough(Wrapper):
 # ------------------------------------------------------------------ the recipes
 
 
-def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, **settings):
+def quantise_model(model, bits=4, targets="blocks.*", *, grams=None, in_turn=None, **settings):
     """Put a `QuantLinear` in the place of each matching linear layer, and freeze the model.
 
-    Args:
-        model: changed in place.
-        bits, settings: as for `quantise`: `block`, `kind`, `double`.
-        targets: one pattern or several for plain linear layers.
-        grams: layer names to second moments, as `observe` returns them, to round by `gptq`.
+    By `gptq` if `grams` or `in_turn` are given; `bits` and `settings` are as for `quantise`.
     """
-    fresh = {
-        name: QuantLinear(layer, bits, gram=None if grams is None else grams[name], **settings)
-        for name, layer in plain(model, targets).items()
-    }
+
+    def make(name, layer, gram):
+        return QuantLinear(layer, bits, gram=gram, **settings)
+
+    fresh = by_data(model, plain(model, targets), make, grams, in_turn)
     return freeze(put_all(model, fresh))
 
 
@@ -211,13 +176,8 @@ def loftq(model, r=4, bits=4, alpha=8.0, targets="blocks.*", *, iterations=5, rn
     the quantised base. Neither step is bound to help the other, so the best of all is kept.
 
     Args:
-        model: changed in place.
-        r, alpha, targets, rng: as for `lora`, linear layers only.
-        bits, settings: as for `quantise`: `block`, `kind`, `double`.
+        r, alpha, rng: as for `lora`. bits, settings: as for `quantise`.
         iterations: how many turns, 1 or more.
-
-    Returns:
-        The model, LoRA over `QuantLinear`, of which A and B train.
 
     Source: Li et al. 2023, arXiv 2310.08659, algorithm 1.
     """

@@ -8,38 +8,10 @@ no more. Shapes: B batch, T positions, H heads, d features; `…` any leading ax
 import numpy as np
 
 from ..tensor import Tensor
-from .basic import (
-    add,
-    count_gemms,
-    div,
-    embedding,
-    exp,
-    flops,
-    index,
-    linear,
-    log,
-    matmul,
-    mean,
-    mul,
-    power,
-    prepend,
-    relu,
-    reshape,
-    sub,
-    sum,
-    tanh,
-    transpose,
-)
-from .fused import (
-    GELU_BLOCK,
-    attention,
-    causal_mask,
-    cross_entropy,
-    dropout,
-    gelu,
-    layer_norm,
-    softmax,
-)
+from .basic import add, count_gemms, div, embedding, exp, flops, index, linear, log, matmul, mean
+from .basic import mul, power, prepend, relu, reshape, sub, sum, tanh, transpose
+from .fused import GELU_BLOCK, attention, causal_mask, cross_entropy, dropout, gelu, layer_norm
+from .fused import softmax
 
 # ------------------------------------------------------------------ operators
 

@@ -7,19 +7,12 @@ from .basic import gemm, mul, once, shape_error
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
-    """Each row of x to mean 0 and variance 1, then times `weight` plus `bias`.
+    """Each row of x (…, d) to mean 0 and variance 1, then times `weight` (d,) plus `bias` (d,).
 
-    Args:
-        x: (…, d). weight, bias: (d,). eps: added to the variance.
-
+    `eps` is added to the variance, so that a row of equal numbers is no division by zero.
     Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450, section 3.1.
     """
     d, w = x.shape[-1], weight.data
-    if weight.shape != (d,) or bias.shape != (d,):
-        raise ValueError(
-            f"layer_norm: x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; "
-            "expected (…, d), (d,) and (d,)"
-        )
     old = x.shape
     xhat = x.data.reshape(-1, d)  # (…, d) -> (N, d)
     xhat = xhat - _row_mean(xhat)
@@ -117,24 +110,16 @@ def _softmax_vjp(p, g):
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
-    """The mean of -ln softmax(logits)[target] over the targets that count.
+    """The mean of -ln softmax(logits)[target], in nats: logits (…, V) and integers (…) to ().
 
-    Args:
-        logits: (…, V). targets: integers (…); those equal to `ignore_index` do not count.
-
-    Returns:
-        A scalar, in nats.
+    Targets equal to `ignore_index` do not count; one or more must.
     """
     targets = np.asarray(targets)
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"cross_entropy: targets have dtype {targets.dtype}; expected integers")
     if targets.shape != logits.shape[:-1]:
         raise shape_error("cross_entropy", logits.shape, targets.shape, "expected (…, V) and (…)")
     old, v = logits.shape, logits.shape[-1]
     rows = np.flatnonzero(targets != ignore_index)
     hit = targets.reshape(-1)[rows]
-    if len(rows) == 0:
-        raise ValueError("cross_entropy: every target is ignored, so there is no loss")
     if hit.min() < 0 or hit.max() >= v:
         raise IndexError(f"cross_entropy: targets run from {hit.min()} to {hit.max()}, V is {v}")
     z = logits.data.reshape(-1, v)[rows]  # (…, V) -> (M, V), M targets that count
@@ -156,20 +141,13 @@ def cross_entropy(logits, targets, ignore_index=-100):
 
 
 def attention(q, k, v, causal=True):
-    """softmax(q kᵀ / √d_head) v for every batch and head at once.
+    """softmax(q kᵀ / √d_head) v for every batch and head at once: q and the result (…, T, d_head).
 
-    Args:
-        q: (…, T, d_head). k, v: (…, S, d_head), S ≥ T if causal.
-        causal: query i sees key j only if j ≤ i + S - T: the last query sees every key, and
-            keys put before the others (a prefix, a cache) are seen by all.
-
-    Returns:
-        (…, T, d_head).
+    k and v are (…, S, d_head). If causal, query i sees key j only if j ≤ i + S - T: the last query
+    sees every key, and keys put before the others (a prefix, a cache) are seen by all.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1.
     """
-    if q.shape[-1] != k.shape[-1] or k.shape != v.shape:
-        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     xq, xk, xv = q.data, k.data, v.data
     scale = 1 / xq.shape[-1] ** 0.5
     p = gemm(xq, xk.swapaxes(-1, -2))  # (…, T, d_head) @ (…, d_head, S) -> (…, T, S)

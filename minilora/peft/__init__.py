@@ -15,8 +15,11 @@ prompt      before the input            m more tokens          the same       no
 
 n is `n_positions`: an input may have at most n - m tokens.
 
-Every recipe changes the model in place and returns it. It takes a model that carries no adapter,
-and what it puts on has the model's training mode. If it raises an error, the model is as it was.
+What holds for all of them: a recipe changes the model in place and returns it. It takes a model
+that carries no adapter, and what it puts on has the model's training mode. If it raises an error,
+because a pattern hits nothing, a weight is tied or a setting is bad, the model is as it was.
+Targets are one pattern or several, as for `surgery.find`. `rng` is a `numpy.random.Generator`.
+A wrapper holds the layer it wraps in `base`, and starts where that is unless it says otherwise.
 """
 
 from .adapters import Adapter, Prefix, Prompt, TokensFirst, WithoutPrompt

@@ -13,6 +13,13 @@ def dtype_of(module):
     return next(m.dense().dtype for _, m in module.named_modules() if hasattr(m, "dense"))
 
 
+def check_room(tokens, what, room):
+    """Raise if an input has more tokens than a prefix or a prompt leaves room for."""
+    if tokens > room:
+        left = f"a {what} leaves room for {room} (n_positions - m)"
+        raise ValueError(f"the input has {tokens} tokens; {left}")
+
+
 class Adapter(Wrapper):
     """A bottleneck in series: h + up(GELU(down(h))), where h is what the base gives.
 
@@ -21,12 +28,10 @@ class Adapter(Wrapper):
 
     Args:
         base: a module with `d_out`, such as `Attention` or `MLP`.
-        r: the width of the bottleneck, 1 or more.
+        r: the width of the bottleneck.
         start: `"exact"`: `up` starts at zero, so the adapter starts as the identity, bit for
             bit; `"near"`: `up` starts as N(0, 0.01²), as in the paper, so it is only close to it.
-        parallel: whether it stands beside the base and not after it.
         scale: the strength of what it adds; He et al. take 4 in parallel.
-        rng: a `numpy.random.Generator`.
 
     Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; in parallel: He et al. 2022,
     arXiv 2110.04366, section 3.3, where the nonlinearity is a ReLU.
@@ -57,28 +62,25 @@ class Adapter(Wrapper):
         return h + self.adapter_up(inner * self.scale)  # (…, r) -> (…, d)
 
 
-def adapter(
-    model, r=8, where="houlsby", *, start="exact", parallel=False, scale=1.0, norms=None, rng
-):
+def adapter(model, r=8, where="houlsby", *, parallel=False, norms=None, **settings):
     """Freeze the model and put bottleneck adapters inside the residual branches.
 
     Args:
-        model: changed in place.
-        r, start, parallel, scale, rng: as for `Adapter`.
+        r, parallel, settings: as for `Adapter`; among them `rng`, which it needs.
         where: `"houlsby"`: after attention and after the MLP, two a block; `"pfeiffer"`: after
             the MLP, one a block; or patterns for attention and MLPs.
         norms: whether the LayerNorms train too. If not given, as the papers have it: Houlsby's do
             ("new layer normalization parameters per task", section 2.1), Pfeiffer's stay as they
             were pre-trained. They are not in the wrappers: `detach` leaves them as they are.
 
-    Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247.
+    Source of `"pfeiffer"`: Pfeiffer et al. 2021, arXiv 2005.00247.
     """
     named = {"houlsby": ("blocks.*.attn", "blocks.*.mlp"), "pfeiffer": "blocks.*.mlp"}
     patterns = named.get(where, where) if isinstance(where, str) else where
-    settings = {"start": start, "parallel": parallel, "scale": scale, "rng": rng}
     found = plain(model, patterns, "q k v o|up down")
     norms = where == "houlsby" and not parallel if norms is None else norms
     beside = [p for name, p in model.named_parameters() if norms and "norm" in name]
+    settings |= {"parallel": parallel}
     wear(model, {name: Adapter(base, r, **settings) for name, base in found.items()})
     for p in beside:
         p.requires_grad = True
@@ -90,11 +92,9 @@ class Prefix(Wrapper):
 
     Args:
         base: attention with q, k, v, o and `n_head`.
-        m: how many, 1 or more.
         room: the longest input that is left, `n_positions - m`.
         hidden: if given, keys and values come from an MLP with this many hidden features, which
             trains more calmly; `fold` puts what it computes in its place afterwards.
-        rng: a `numpy.random.Generator`.
 
     The real tokens keep the causal mask and their positions: token t stands at position t, with
     a prefix or without. (In GPT-2, as Li & Liang and PEFT have it, a prefix is a past, which
@@ -110,9 +110,8 @@ class Prefix(Wrapper):
 
     def __init__(self, base, m, room, *, hidden=None, rng):
         if m < 1 or room < 1:
-            raise ValueError(
-                f"m is {m}, which leaves {room} positions; expected room for 1 or more"
-            )
+            left = f"which leaves {room} positions; expected room for 1 or more"
+            raise ValueError(f"m is {m}, {left}")
         self.base, self.m, self.room, self.hidden = base, int(m), int(room), hidden
         d, inner, dtype = base.d_out, base.k.d_out, dtype_of(base)  # inner < d in pruned heads
         draw = lambda d: normal(rng, (m, d), 1.0, dtype)  # noqa: E731
@@ -140,11 +139,7 @@ class Prefix(Wrapper):
         return plain
 
     def forward(self, x):
-        if past() + x.shape[1] > self.room:
-            raise ValueError(
-                f"the input has {past() + x.shape[1]} tokens; a prefix of {self.m} leaves room "
-                f"for {self.room} (n_positions - m)"
-            )
+        check_room(past() + x.shape[1], f"prefix of {self.m}", self.room)
         base, (keys, values) = self.base, self.pair()
         k, v = recall(self, base.k(x), base.v(x))
         k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, inner) -> (B, m + T, inner)
@@ -155,8 +150,6 @@ def prefix(model, m=4, *, hidden=None, rng):
     """Freeze the model and give every layer `m` learned keys and values.
 
     As in GPT-2, where the prefix counts as past tokens, `m + T` must not exceed `n_positions`.
-
-    Source: Li & Liang 2021, arXiv 2101.00190.
     """
     room, found = model.config["n_positions"] - m, plain(model, "blocks.*.attn", "q k v o n_head")
     settings = {"hidden": hidden, "rng": rng}
@@ -172,9 +165,7 @@ def fold(model):
 class Prompt(Wrapper):
     """A token table that puts `m` learned vectors before the vectors of the tokens.
 
-    Args:
-        base: an `Embedding`. m: how many. n_positions: of the model.
-        rng: a `numpy.random.Generator`; the vectors start as copies of random rows of the table.
+    They start as copies of random rows of the table.
 
     Source: Lester et al. 2021, arXiv 2104.08691, section 2.
     """
@@ -190,15 +181,10 @@ class Prompt(Wrapper):
         self.prompt = Parameter(table[check_rng(rng).integers(len(table), size=m)])
 
     def dense(self):
-        """The table of the tokens."""
         return self.base.dense()
 
     def forward(self, ids):
-        if ids.shape[1] + self.m > self.n_positions:
-            raise ValueError(
-                f"the input has {ids.shape[1]} tokens; a prompt of {self.m} leaves room for "
-                f"{self.n_positions - self.m} (n_positions - m)"
-            )
+        check_room(ids.shape[1], f"prompt of {self.m}", self.n_positions - self.m)
         if past():  # it was read already
             return self.base(ids)
         return ops.prepend(self.prompt, self.base(ids))  # (B, T) -> (B, m + T, d)
@@ -229,7 +215,6 @@ class TokensFirst(Wrapper):
         self.base, self.m = base, m
 
     def dense(self):
-        """The table of the positions."""
         return self.base.dense()
 
     def forward(self, ids):
@@ -239,10 +224,7 @@ class TokensFirst(Wrapper):
 def prompt(model, m=4, *, rng):
     """Freeze the model and put `m` learned vectors before every input.
 
-    Tokens keep their positions, and the prompt takes the last `m` of the table, which the tokens
-    leave free.
-
-    Source: Lester et al. 2021, arXiv 2104.08691.
+    Tokens keep their positions; the prompt takes the last `m` of the table, which they leave free.
     """
     n = model.config["n_positions"]
     (tokens,) = plain(model, "tokens", Embedding, ties=True).values()

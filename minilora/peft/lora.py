@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from .. import ops
-from ..nn import Embedding, Linear, Parameter, check_rng
+from ..nn import Embedding, Linear, Parameter, check_rng, normal
 from ..optim import AdamW
 from ..surgery import Wrapper, as_patterns, plain, wear
 from ..tensor import Tensor
@@ -14,10 +14,8 @@ from ..tensor import Tensor
 def check_rank(r, shape):
     """Raise unless a matrix of this shape can have a factor of this rank."""
     if r not in range(1, min(shape) + 1):
-        raise ValueError(
-            f"r is {r!r}; expected a whole number from 1 to {min(shape)}, the smaller side of a "
-            f"{shape[0]} x {shape[1]} weight"
-        )
+        side = f"{min(shape)}, the smaller side of a {shape[0]} x {shape[1]} weight"
+        raise ValueError(f"r is {r!r}; expected a whole number from 1 to {side}")
 
 
 class LoRA(Wrapper):
@@ -29,7 +27,6 @@ class LoRA(Wrapper):
         alpha: the strength: `scaling = alpha / r`, so that a change of r needs no new alpha.
         dropout: the share of the bypass's input that is dropped while training.
         rslora: `scaling = alpha / sqrt(r)` instead.
-        rng: a `numpy.random.Generator`, for the start of A and for dropout.
 
     A (r, d_in) starts as N(0, 1 / d_in), so that an input of variance 1 gives an A x of
     variance 1 whatever d_in is. B (d_out, r) starts at zero, so that the bypass starts at
@@ -53,8 +50,7 @@ class LoRA(Wrapper):
     def start(self, weight):
         """Make A and B for a base of this weight."""
         d_out, d_in = weight.shape
-        a = self.rng.standard_normal((self.r, d_in)) / d_in**0.5
-        self.A = Parameter(a.astype(weight.dtype))
+        self.A = normal(self.rng, (self.r, d_in), d_in**-0.5, weight.dtype)
         self.B = Parameter(np.zeros((d_out, self.r), weight.dtype))
 
     def fill(self, u, s, vt):
@@ -78,7 +74,6 @@ class LoRA(Wrapper):
         return self.scaling * (self.B.data @ self.A.data)  # (d_out, r) @ (r, d_in)
 
     def dense(self):
-        """The weight that the layer acts with, base and bypass together."""
         return self.base.dense() + self.delta()
 
     def inner(self, x):
@@ -121,7 +116,6 @@ class DoRA(LoRA):
         return np.where(self.nowhere, 1, lengths).astype(v.dtype)
 
     def dense(self):
-        """The weight that the layer acts with."""
         v = super().dense()
         return (self.magnitude.data / self.norms(v))[:, None] * v
 
@@ -155,7 +149,6 @@ class PiSSA(LoRA):
         return self.dense() - self.base.dense()
 
     def dense(self):
-        """The weight that the layer acts with."""
         return self.residual.data + super().delta()
 
     def forward(self, x):
@@ -178,8 +171,7 @@ class LoRAEmbedding(LoRA):
             raise ValueError(f"dropout is {self.dropout}; expected 0 for a table")
         n, d = weight.shape
         self.A = Parameter(np.zeros((self.r, n), weight.dtype))
-        b = self.rng.standard_normal((d, self.r)) / self.r**0.5
-        self.B = Parameter(b.astype(weight.dtype))
+        self.B = normal(self.rng, (d, self.r), self.r**-0.5, weight.dtype)
 
     def delta(self):
         """The update that the bypass stands for, as an array (n, d)."""
@@ -190,36 +182,17 @@ class LoRAEmbedding(LoRA):
         return self.base(ids) + ops.linear(h, self.B)  # (…, r) -> (…, d)
 
 
-def lora(
-    model,
-    r=4,
-    alpha=8.0,
-    targets="blocks.*.attn.[qv]",
-    *,
-    dropout=0.0,
-    rslora=False,
-    variant=LoRA,
-    rng,
-):
+def lora(model, r=4, alpha=8.0, targets="blocks.*.attn.[qv]", *, variant=LoRA, **settings):
     """Freeze the model and put a LoRA bypass on the layers whose names match.
 
     Args:
-        model: changed in place.
         r: the rank, or a dictionary from patterns to ranks, which then stand for `targets`; a
             layer takes the first pattern that it matches.
-        alpha, dropout, rslora, rng: as for `LoRA`.
-        targets: one pattern or several for `Linear` and `Embedding` layers; `blocks.*` is every
-            linear layer of the blocks, `*` the head and the tables too.
+        alpha, settings: as for `LoRA`; among them `rng`, which it needs.
+        targets: `Linear` and `Embedding` layers; `blocks.*` is every linear layer of the blocks,
+            `*` the head and the tables too.
         variant: `LoRA`, `DoRA` or `PiSSA`, or a function that makes one of them of a layer; all
             but `LoRA` are for linear layers only.
-
-    Returns:
-        The model.
-
-    Raises:
-        LookupError: if a pattern matches no layer.
-        ValueError: for a bad `r`, `alpha` or `dropout`, for a layer whose weight is tied to
-            another's, or for a model that carries an adapter already.
     """
     ranks = r if isinstance(r, dict) else dict.fromkeys(as_patterns(targets), r)
     fresh = {}
@@ -228,16 +201,14 @@ def lora(
         if kind is LoRAEmbedding and variant is not LoRA:
             raise ValueError(f"variant is {variant.__name__}; expected LoRA for {layer!r}")
         rank = next(r for pattern, r in ranks.items() if fnmatchcase(name, pattern))
-        fresh[name] = kind(layer, rank, alpha, dropout=dropout, rslora=rslora, rng=rng)
+        fresh[name] = kind(layer, rank, alpha, **settings)
     return wear(model, fresh)
 
 
 def lora_plus(model, lr, ratio=16.0, **kwargs):
     """An `AdamW` in which every B learns `ratio` times as fast as the rest: LoRA+.
 
-    Args:
-        model: one that `lora` made.
-        lr: of A. ratio: of B's learning rate to that. kwargs: for `AdamW`.
+    `lr` is that of A; `kwargs` are for `AdamW`.
 
     Source: Hayou, Ghosh & Yu 2024, arXiv 2402.12354, section 4.
     """

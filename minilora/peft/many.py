@@ -19,8 +19,6 @@ def _bases(adapters):
             raise TypeError(f"the adapter at {name} is a {type(wrapper).__name__}; need LoRA")
         if bases.setdefault(name, wrapper.base) is not wrapper.base:
             raise ValueError(f"the adapters wrap two different layers at {name}; need one base")
-    if not bases:
-        raise ValueError("adapters is empty; expected one or more, as detach gives them")
     return bases
 
 
@@ -32,24 +30,16 @@ def combine(adapters, weights, r=None):
     it down to a small SVD, so that no weight-sized matrix is ever formed.
 
     Args:
-        adapters: what `detach` returned, one or more; a layer that some of them leave out counts
-            as zero there.
+        adapters: what `detach` returned, plain LoRA on one base; a layer that some of them leave
+            out counts as zero there.
         weights: a number for each.
         r: the rank of the result: the best approximation of that rank (Eckart & Young 1936). If
             not given, as high as the sum needs, up to the smaller side of the layer: exact.
 
-    Returns:
-        An adapter for `attach`. Its `scaling` is 1.
-
-    Raises:
-        TypeError: if one of them is not plain LoRA.
-        ValueError: if they are of different bases, if `weights` does not fit, or for a bad `r`.
+    Returns an adapter for `attach`. Its `scaling` is 1.
     """
     adapters, weights, combined = list(adapters), [float(w) for w in weights], {}
-    bases = _bases(adapters)
-    if len(weights) != len(adapters) or not np.isfinite(weights).all():
-        raise ValueError(f"weights is {weights}; expected {len(adapters)} finite numbers")
-    for name, base in bases.items():
+    for name, base in _bases(adapters).items():
         parts = [(w, a[name]) for w, a in zip(weights, adapters, strict=True) if name in a]
         left = np.concatenate([w * p.scaling * p.B.data for w, p in parts], axis=1)  # (d_out, Σr)
         right = np.concatenate([p.A.data for _, p in parts])  # (Σr, d_in)
@@ -69,9 +59,7 @@ class Many(Wrapper):
     and (n, d_out, r), lower ranks filled up with zeros, and gathered by sample: one batched
     product serves all. The last of the stack is zero: the bare base.
 
-    Args:
-        base: a linear layer.
-        bypasses: the name of each adapter to its `LoRA` here, or to None.
+    `bypasses` maps the name of each adapter to its `LoRA` here, or to None.
 
     Source: the idea of serving many adapters in one batch: Chen et al. 2023 (Punica),
     arXiv 2310.18547.
@@ -89,8 +77,7 @@ class Many(Wrapper):
 
     def forward(self, x):
         if self.which is None or len(self.which) != x.shape[0]:
-            found = "none" if self.which is None else len(self.which)
-            raise ValueError(f"a batch of {len(x)}, adapters chosen for {found}; see `choose`")
+            raise ValueError(f"a batch of {x.shape[0]} needs an adapter for each; see `choose`")
         a, b = self.A[self.which], self.B[self.which]  # (B, r, d_in), (B, d_out, r)
         h = ops.matmul(x, Tensor(a.transpose(0, 2, 1)))  # (B, T, d_in) -> (B, T, r)
         return self.base(x) + ops.matmul(h, Tensor(b.transpose(0, 2, 1)))  # -> (B, T, d_out)
@@ -99,16 +86,8 @@ class Many(Wrapper):
 def many(model, adapters):
     """Put several LoRA adapters on a model at once, for inference. Returns the model.
 
-    Args:
-        model: a plain model, changed in place; `detach` takes them off again.
-        adapters: names to adapters, as `detach` gave them on this model.
-
+    `adapters` maps names to what `detach` gave on this model; `detach` takes them all off again.
     Use it as `with choose(model, ["sort", None, "sort"]): model(ids)`.
-
-    Raises:
-        TypeError: if one of them is not plain LoRA.
-        ValueError: if the model carries an adapter.
-        LookupError: if an adapter wraps layers of another model.
     """
     bases, fresh = _bases(adapters.values()), {}
     for name, layer in plain(model, bases, (Linear,)).items():
@@ -123,22 +102,16 @@ def choose(model, names):
     """Inside this block, sample i of a batch goes through the adapter `names[i]`; None: the base.
 
     Blocks nest: after an inner one the outer choice holds again.
-
-    Raises:
-        ValueError: if the model was not made by `many`, or has no adapter of that name.
     """
     layers = [w for w in wrappers(model).values() if isinstance(w, Many)]
     if not layers:
         raise ValueError("choose: this model does not carry several adapters; see `many`")
-    known, before = layers[0].names, [layer.which for layer in layers]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"names has {unknown[0]!r}; expected names out of {known}")
-    which = np.array([known.index(name) for name in names], int)  # (B,)
+    before = layers[0].which
+    which = np.array([layers[0].names.index(name) for name in names], int)  # (B,)
     try:
         for layer in layers:
             layer.which = which
         yield model
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.which = old
+        for layer in layers:
+            layer.which = before

@@ -25,12 +25,8 @@ def bitfit(model):
 class IA3(Wrapper):
     """A linear layer with a learned scale for each feature that comes out, or that goes in.
 
-    Args:
-        base: a layer with `d_in`, `d_out` and `dense()`.
-        side: `"out"`: scale ⊙ (W x + b); `"in"`: W (scale ⊙ x) + b.
-
-    The scale starts at ones, so the layer starts as it was, bit for bit. A feature that is always
-    zero stays so, whatever its scale.
+    The side is `"out"`, scale ⊙ (W x + b), or `"in"`, W (scale ⊙ x) + b. The scale starts at
+    ones. A feature that is always zero stays so, whatever its scale.
 
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
@@ -45,13 +41,11 @@ class IA3(Wrapper):
         self.scale = Parameter(np.ones(size, base.dense().dtype))
 
     def dense(self):
-        """The weight that the layer acts with."""
         scale = self.scale.data
         return self.base.dense() * (scale[:, None] if self.side == "out" else scale)
 
     def merged_bias(self):
-        """The bias is scaled only on the way out."""
-        bias = super().merged_bias()
+        bias = super().merged_bias()  # scaled only on the way out
         return bias if bias is None or self.side == "in" else bias * self.scale.data
 
     def forward(self, x):
@@ -63,12 +57,7 @@ class IA3(Wrapper):
 def ia3(model, out="blocks.*.attn.[kv]", into="blocks.*.mlp.down"):
     """Freeze the model and learn scales for keys, values and the inner features of the MLPs.
 
-    Args:
-        model: changed in place.
-        out: patterns for the layers whose outputs are scaled.
-        into: patterns for the layers whose inputs are scaled.
-
-    Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
+    `out` and `into` are patterns for the layers whose outputs and inputs are scaled: see `IA3`.
     """
     found = {side: plain(model, at, (Linear,)) for side, at in (("out", out), ("in", into))}
     if both := found["out"].keys() & found["in"]:
@@ -78,10 +67,6 @@ def ia3(model, out="blocks.*.attn.[kv]", into="blocks.*.mlp.down"):
 
 class TokenRows(Wrapper):
     """A token table of which a few rows learn: row i is E[i] + rows[j] for the j-th of `tokens`.
-
-    Args:
-        base: an `Embedding`.
-        tokens: whole numbers, each once: which rows.
 
     `rows` (k, d) start at zero, so the table starts as it was, bit for bit.
 
@@ -98,7 +83,6 @@ class TokenRows(Wrapper):
         self.rows = Parameter(np.zeros((len(self.tokens), d), base.dense().dtype))
 
     def dense(self):
-        """The table as it acts, (n, d)."""
         table = self.base.dense().copy()
         table[self.tokens] += self.rows.data
         return table
