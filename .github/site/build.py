@@ -134,6 +134,7 @@ def headline(path):
 
     matplotlib.use("svg")
     import numpy as np
+
     from minilora import compare, io, plots, tasks
 
     found = compare.by_distance(compare.load(io.DATA / "compare.json"))
