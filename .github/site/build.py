@@ -28,16 +28,11 @@ from slides import alt, picture, slides
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))  # minilora need not be installed
+from minilora import editions  # noqa: E402
+
 PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full"
-NEEDED = [
-    "ipython",
-    "jedi",
-    "matplotlib",
-    "micropip",
-    "numpy",
-    "sqlite3",
-    "ssl",
-]  # with what they need
+NEEDED = "ipython jedi matplotlib micropip numpy sqlite3 ssl".split()  # and what they need
 HOME = "example/minilora"  # as the notebooks' line on installing has it
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION *\n?", re.M)
@@ -129,7 +124,6 @@ def tidy(text):
 
 def headline(path):
     """The front page's figure, from the stored runs; returns its alternative text."""
-    sys.path.insert(0, str(ROOT))
     import matplotlib
 
     matplotlib.use("svg")
@@ -249,26 +243,18 @@ def decks(out, notebooks):
 # --- in the browser --------------------------------------------------------------------------
 
 
-def editions(folder, paths, repository):
-    """Write the editions to run; returns {folder: words on the button}."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from minilora import editions as made
+EDITIONS = {"student": "Run in the browser", "solution": "with solutions"}
 
-        words = {"student": "Run in the browser", "solution": "with solutions"}
-    except ImportError:  # there is only one
-        words = {"notebooks": "Run in the browser"}
-    for edition in words:
+
+def write_editions(folder, paths, repository):
+    """Write what is to be run: {edition}/{notebook}, not yet run."""
+    for edition in EDITIONS:
         (folder / edition).mkdir(parents=True)
         for path in paths:
-            text = path.read_text("utf-8")
-            if edition != "notebooks":
-                text = json.dumps(
-                    getattr(made, edition)(made.read(path)), ensure_ascii=False, indent=1
-                )
+            nb = getattr(editions, edition)(editions.read(path))
+            text = json.dumps(nb, ensure_ascii=False, indent=1) + "\n"
             text = text.replace(f"github.com/{HOME}", f"github.com/{repository}")
-            (folder / edition / path.name).write_text(text + "\n" * (text[-1] != "\n"), "utf-8")
-    return words
+            (folder / edition / path.name).write_text(text, "utf-8")
 
 
 def fetch(name, runtime, target, sha256=None):
@@ -335,12 +321,34 @@ def lite(work, out, runtime):
 # --- for a class -----------------------------------------------------------------------------
 
 
+def gradable(notebook, made):
+    """A copy that nbgrader takes as an assignment's source: it opens the gaps by their markers.
+
+    Its checks help the reader and raise nothing, so that exercises are graded by a person.
+    """
+    notebook = made.blank(notebook)
+    for i, cell in enumerate(notebook["cells"]):
+        gap, check = ("BEGIN SOLUTION" in cell["source"], "\n# check" in cell["source"])
+        if cell["cell_type"] != "code":
+            cell["source"] = made.SOLUTION.sub("", cell["source"]).strip("\n")
+        elif gap or check:
+            cell["metadata"]["nbgrader"] = {
+                "schema_version": 3, "grade_id": f"cell-{i}", "locked": False, "task": False,
+                "solution": True, "grade": check, **({"points": 5} if check else {}),
+            }  # fmt: skip
+    notebook["cells"] = [cell for cell in notebook["cells"] if cell["source"]]
+    return notebook
+
+
 def bundle(work, out):
-    """The editions as one file for a learning platform."""
+    """The editions as one file for a learning platform, and the capstone for nbgrader."""
     with zipfile.ZipFile(out / "minilora-class.zip", "w", zipfile.ZIP_DEFLATED) as made:
         for path in sorted((work / "content").rglob("*.ipynb")):
             made.write(path, path.relative_to(work / "content"))
         made.write(ROOT / "notebooks/LICENSE", "LICENSE")
+        for path in sorted((ROOT / "notebooks").glob("*capstone.ipynb")):
+            text = json.dumps(gradable(editions.read(path), editions), ensure_ascii=False, indent=1)
+            made.writestr(f"nbgrader/source/capstone/{path.name}", text + "\n")
 
 
 def main():
@@ -351,7 +359,14 @@ def main():
     parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY", HOME))
     parser.add_argument("--only", nargs="+", metavar="NN", default=[""], help="these notebooks")
     parser.add_argument("--no-lite", action="store_true", help="only pages and slides, to look at")
+    parser.add_argument("--reach", action="store_true", help="only say whether Pyodide can be had")
     args = parser.parse_args()
+    if args.reach:
+        try:
+            urllib.request.urlopen(f"{PYODIDE}/pyodide-lock.json", timeout=20).close()
+        except OSError as error:
+            sys.exit(f"{PYODIDE}: {error}")
+        return
     out, work = args.out.resolve(), args.out.resolve().with_name(args.out.name + ".work")
     for folder in (out, work):
         shutil.rmtree(folder, ignore_errors=True)
@@ -366,8 +381,8 @@ def main():
     def read():
         return {path.stem: nbformat.read(path, as_version=4) for path in paths}
 
-    buttons = editions(work / "content", paths, args.repository)
-    warnings = pages(work, out, read(), args.repository, {} if args.no_lite else buttons)
+    write_editions(work / "content", paths, args.repository)
+    warnings = pages(work, out, read(), args.repository, {} if args.no_lite else EDITIONS)
     told(f"{len(paths)} pages, {len(warnings)} warnings")
     print(*warnings[:20], sep="\n")
     decks(out, read())
