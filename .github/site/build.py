@@ -141,7 +141,8 @@ def headline(path):
         for way in shown
     }
     fig = plots.fan(fan, "Answers right after 300 steps, by distance of the new task")
-    fig.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "minilora", "svg.fonttype": "none"}):
+        fig.savefig(path, metadata={"Date": None})
     last = {way: 100 * np.mean(found[way]["build"]) for way in shown}
     ends = ", ".join(f"{way} {last[way]:.0f}%" for way in sorted(last, key=last.get, reverse=True))
     return (
@@ -359,8 +360,12 @@ def main():
     parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY", HOME))
     parser.add_argument("--only", nargs="+", metavar="NN", default=[""], help="these notebooks")
     parser.add_argument("--no-lite", action="store_true", help="only pages and slides, to look at")
+    parser.add_argument("--headline", type=Path, help="only draw the README's figure, as SVG")
     parser.add_argument("--reach", action="store_true", help="only say whether Pyodide can be had")
     args = parser.parse_args()
+    if args.headline:
+        print(headline(args.headline))
+        return
     if args.reach:
         try:
             urllib.request.urlopen(f"{PYODIDE}/pyodide-lock.json", timeout=20).close()
