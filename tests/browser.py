@@ -208,9 +208,10 @@ def cpu(browser):
     return seconds
 
 
-def wait_until_run(page, limit):
+def wait_until_run(page, limit, start=None):
     """Until every cell has run, or for `limit` seconds of processor time; state and seconds."""
-    browser, start = page.context.browser, cpu(page.context.browser)
+    browser = page.context.browser
+    start = cpu(browser) if start is None else start
     while (took := cpu(browser) - start) < limit:
         page.wait_for_timeout(1000)
         state = page.evaluate(STATE)
@@ -236,6 +237,7 @@ def check_run(context, url, path, limit):
     button.click()
     page.wait_for_function(READY, timeout=PATIENCE)
     page.evaluate("window.jupyterapp.commands.execute('editmenu:clear-all')")
+    began = cpu(browser)
     page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
     page.wait_for_function(
         f"() => ({STATE})().cells.some(c => c.execution_count && c.outputs.length)",
@@ -245,7 +247,7 @@ def check_run(context, url, path, limit):
         f"{path.stem}: first output {time.perf_counter() - start:.0f} s after the front page, "
         f"{cpu(browser) - before:.0f} s of processor time, {Handler.sent / 1e6:.0f} MB"
     )
-    state, took = wait_until_run(page, limit)
+    state, took = wait_until_run(page, limit, began)
     stored = json.loads(path.read_text("utf-8"))["cells"]
     shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c["cell_type"] == "code"}
     same = 0
