@@ -230,6 +230,7 @@ def decks(out, notebooks):
         nb.cells = [c for c in nb.cells if not INSTALL.fullmatch(c.source.strip())]
         for cell in nb.cells:
             cell.source = MARKER.sub("", cell.source)
+            cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](../\1.html)", cell.source)
         text = slides(nb, title, HERE / "slides")
         home = f'<a class="home" href="../{name}.html">{html.escape(title)}</a>'
         text = text.replace('<div class="reveal">', f'<div class="reveal">{home}', 1)
@@ -384,7 +385,12 @@ def main():
     paths = [path for path in paths if path.name.startswith(tuple(args.only))]
 
     def read():
-        return {path.stem: nbformat.read(path, as_version=4) for path in paths}
+        found = {path.stem: nbformat.read(path, as_version=4) for path in paths}
+        for cell in (cell for nb in found.values() for cell in nb.cells):
+            if cell.cell_type == "markdown":  # what is no page is in the repository
+                blob = f"https://github.com/{args.repository}/blob/main/"
+                cell.source = cell.source.replace("](../", f"]({blob}")
+        return found
 
     write_editions(work / "content", paths, args.repository)
     warnings = pages(work, out, read(), args.repository, {} if args.no_lite else EDITIONS)
