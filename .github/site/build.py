@@ -330,14 +330,18 @@ def gradable(notebook, made):
     """
     notebook = made.blank(notebook)
     for i, cell in enumerate(notebook["cells"]):
-        gap, check = ("BEGIN SOLUTION" in cell["source"], "\n# check" in cell["source"])
+        gap = "BEGIN SOLUTION" in cell["source"]
+        mine, check, rest = cell["source"].partition("\n# check")
         if cell["cell_type"] != "code":
             cell["source"] = made.SOLUTION.sub("", cell["source"]).strip("\n")
         elif gap or check:
             cell["metadata"]["nbgrader"] = {
                 "schema_version": 3, "grade_id": f"cell-{i}", "locked": False, "task": False,
-                "solution": True, "grade": check, **({"points": 5} if check else {}),
+                "solution": True, "grade": bool(check), **({"points": 5} if check else {}),
             }  # fmt: skip
+        if cell["cell_type"] == "code" and check:  # else it would open the whole cell
+            asked = re.sub(r"^", "# ", mine, flags=re.M)
+            cell["source"] = f"{asked}\n### BEGIN SOLUTION\n{mine}\n### END SOLUTION{check}{rest}"
     notebook["cells"] = [cell for cell in notebook["cells"] if cell["source"]]
     return notebook
 
