@@ -340,7 +340,7 @@ def main():
         if "slides" in args.parts:
             check_slides(context, url, names)
         context.close()
-        run = sorted(masters) if args.run == ["all"] else args.run
+        run = [n for n in masters if n < "23"] if args.run == ["all"] else args.run
         for number in run if "run" in args.parts else ():
             context = visitor()  # each as on a first visit
             check_run(context, url, masters[number], args.limit)

@@ -82,6 +82,8 @@ def ways(name, repository, lite):
         ),
         ("Source", f"https://github.com/{repository}/blob/main/notebooks/{name}.ipynb"),
     ]
+    if part(name) == PARTS[23]:  # what loads a real model does not run in a browser
+        lite = {}
     run_here = "".join(
         f'<a class="run" href="lite/notebooks/index.html?path={edition}/{name}.ipynb">{words}</a>'
         for edition, words in lite.items()

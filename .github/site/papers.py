@@ -95,6 +95,15 @@ def main():
             own = {"prefer_css_page_size": True}
             page.pdf(path=paper / f"{name}.pdf", print_background=True,
                      **(own if name == "poster" else sheet))  # fmt: skip
+            # now that it is there, pages lead to it
+            at = site / ("index.html" if name == "poster" else f"{name}.html")
+            link = f'<a href="paper/{name}.pdf">{"a poster" if name == "poster" else "PDF"}</a>'
+            text = at.read_text("utf-8")
+            if link not in text and name == "poster":
+                text = text.replace("with solutions.", f"with solutions; {link} for the wall.")
+            elif link not in text:
+                text = text.replace(">Slides</a>", f">Slides</a>{link}")
+            at.write_text(text, "utf-8")
             print(f"{name}: {(paper / f'{name}.pdf').stat().st_size / 1e3:.0f} kB", flush=True)
         browser.close()
 
