@@ -31,6 +31,8 @@ def save_model(model, path):
     """
     if wrappers(model):
         raise ValueError("save_model: this model carries an adapter; merge or detach it first")
+    if type(model) is not Transformer:
+        raise TypeError(f"save_model: this is a {type(model).__name__}; expected a Transformer")
     arrays, layers = _parts(model)
     blank = Transformer(**model.config, rng=None)
     if odd := _odd(_dense(model, layers), _dense(blank, layers)):
@@ -89,7 +91,7 @@ def load_model(path, dtype=None):
             if not isinstance(old, Linear) or layer.shape != old.shape:
                 raise ValueError(f"{name} is {layer!r}; expected {old!r}")
             put(model, name, layer)
-        _fill(_dense(model, layers), arrays)
+        fill(_dense(model, layers), arrays)
     return model
 
 
@@ -146,7 +148,7 @@ def load_adapter(model, path):
             frozen = zip(_frozen(model, arrays), here, found, strict=False)  # a digit for each
             odd = next((n for n, a, b in frozen if a != b), "the set of frozen weights")
             raise ValueError(f"made for another model: {odd} differs; load it on its own base")
-        _fill(expected, arrays)
+        fill(expected, arrays)
     freeze(put_all(model, fresh))
     for name, p in expected.items():
         p.requires_grad = name not in still
@@ -240,7 +242,7 @@ def _odd(these, those):
     return None
 
 
-def _fill(parameters, arrays):
+def fill(parameters, arrays):
     """Put arrays into parameters of the same names and shapes: all of them, or none."""
     if odd := _odd(parameters, arrays):
         name, here, there = odd

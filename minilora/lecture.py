@@ -3,13 +3,18 @@
 import hashlib
 import io
 import json
+import logging
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from .tensor import Tensor
+
+if sys.platform == "emscripten":  # there matplotlib is new each time, and would say so in a cell
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 class Prediction:

@@ -185,12 +185,14 @@ class Embedding(Module):
 class LayerNorm(Module):
     """Rows to mean 0 and variance 1, then a learned scale `weight` and shift `bias`, both (d,)."""
 
+    eps = 1e-5  # added to the variance
+
     def __init__(self, d, *, dtype=np.float32):
         self.weight = Parameter(np.ones(d, dtype))
         self.bias = Parameter(np.zeros(d, dtype))
 
     def forward(self, x):
-        return ops.layer_norm(x, self.weight, self.bias)  # (…, d) -> (…, d)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)  # (…, d) -> (…, d)
 
     def __repr__(self):
         return f"LayerNorm({self.weight.size})"

@@ -97,33 +97,50 @@ def read(path):
     """
     with open(path, "rb") as file:
         raw = file.read()
+    found, metadata = _parsed(path, raw, _CODES)
+    arrays = {}
+    for name, array in found.items():
+        if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
+            raise FormatError(f"{path}: {name!r} is BOOL, expected its bytes to be 0 or 1")
+        arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory
+    return arrays, metadata
+
+
+def mapped(path):
+    """Like `read`, but nothing is copied: an array's bytes come from the disk when it is used.
+
+    The file must stay as it is while its arrays live. BF16, which NumPy lacks, is let through as
+    an array with one field, `bf16`, the upper 16 bits of a float32; a BOOL is not looked at.
+    """
+    raw = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
+    return _parsed(path, raw, _CODES | {"BF16": np.dtype([("bf16", "<u2")])})
+
+
+def _parsed(path, raw, codes):
     try:
-        return _parse(raw)
+        return _parse(raw, codes)
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise FormatError(f"{path}: {str(what)[:400]}") from None  # it may quote a lot
 
 
-def _parse(raw):
-    start = 8 + int.from_bytes(raw[:8], "little")
+def _parse(raw, codes):
+    start = 8 + int.from_bytes(bytes(raw[:8]), "little")
     if len(raw) < 8 or start > min(len(raw), 8 + _HEADER_CAP):
         raise ValueError(f"the header claims to end at byte {start} of {len(raw)}")
-    header, data = _header(raw[8:start]), memoryview(raw)[start:]
+    header, data = _header(bytes(raw[8:start])), memoryview(raw)[start:]
     metadata, arrays, end = header.pop("__metadata__", {}), {}, 0
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError(f"__metadata__ is {metadata!r}, expected an object of texts")
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, stop) = entry["shape"], entry["data_offsets"]
-        if len(entry) != 3 or entry["dtype"] not in [*_CODES] or len(shape) > 64:
+        if len(entry) != 3 or entry["dtype"] not in [*codes] or len(shape) > 64:
             raise ValueError(f"{name!r} is {entry!r}, a dtype, shape or field that NumPy lacks")
-        size = math.prod(shape) * np.dtype(code := _CODES[entry["dtype"]]).itemsize
+        size = math.prod(shape) * np.dtype(code := codes[entry["dtype"]]).itemsize
         whole = all(type(n) is int for n in shape + entry["data_offsets"])  # of lists alone
         if not whole or begin != end or stop - begin != size:
             raise ValueError(f"{name!r} is {entry!r}, expected to begin at {end} and fit its shape")
-        array, end = np.frombuffer(data[begin:stop], code).reshape(shape), stop
-        if code == "|b1" and array.view(np.uint8).max(initial=0) > 1:  # NumPy trusts them
-            raise ValueError(f"{name!r} is BOOL, expected its bytes to be 0 or 1")
-        arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy, in its place in memory
+        arrays[name], end = np.frombuffer(data[begin:stop], code).reshape(shape), stop
     if end != len(data):
         raise ValueError(f"the tensors end at byte {end} of the data, expected {len(data)}")
     return arrays, metadata
@@ -131,7 +148,7 @@ def _parse(raw):
 
 def _header(raw):
     if raw[:1] != b"{":  # with this, whatever JSON it is, it is an object
-        raise ValueError(f"the header starts with {bytes(raw[:8])!r}, expected '{{'")
+        raise ValueError(f"the header starts with {raw[:8]!r}, expected '{{'")
     text = raw.decode()
     # Checked first, since the parser recurses: in a browser, too deep a nest ends Python.
     brackets = re.finditer(r"[][{}]", re.sub(_STRING, "", text))

@@ -48,17 +48,26 @@ def recall(module, k, v):
 def attend(q, k, v, n_head, causal=True):
     """Multi-head attention without the projections: q (B, T, d), k and v (B, S, d) to (B, T, d).
 
-    S ≥ T if causal; keys put in front are seen by all. Each head works on d / n_head features.
+    S ≥ T if causal; keys put in front are seen by all. Each head works on d / n_head features. If k
+    and v are narrower, with d / G features, G heads of q share one of k and v. `causal` is as for
+    `ops.attention`.
+
+    Source: Ainslie et al. 2023, arXiv 2305.13245, for shared keys.
     """
+    (b, t, d), (_, s, narrow) = q.shape, k.shape
+    group = d // narrow  # G
 
-    def split(x):
-        b, t, d = x.shape
-        x = ops.reshape(x, b, t, n_head, d // n_head)  # (B, T, d) -> (B, T, H, d/H)
-        return ops.transpose(x, 0, 2, 1, 3)  # -> (B, H, T, d/H)
+    def split(x, n):  # heads that share a key are no more than further queries for it
+        x = ops.reshape(x, b, x.shape[1], n_head // group, n, d // n_head)
+        x = ops.transpose(x, 0, 2, 3, 1, 4)  # (B, T, H/G, n, d/H) -> (B, H/G, n, T, d/H)
+        return ops.reshape(x, *x.shape[:2], n * x.shape[3], x.shape[4])  # -> (B, H/G, n·T, d/H)
 
-    out = ops.attention(split(q), split(k), split(v), causal)  # (B, H, T, d/H)
-    out = ops.transpose(out, 0, 2, 1, 3)  # -> (B, T, H, d/H)
-    return ops.reshape(out, *q.shape)  # -> (B, T, d)
+    if causal is True and group > 1:
+        causal = np.tile(ops.causal_mask(t, s, q.dtype), (group, 1))  # (T, S) -> (G·T, S)
+    out = ops.attention(split(q, group), split(k, 1), split(v, 1), causal)  # (B, H/G, G·T, d/H)
+    out = ops.reshape(out, b, n_head // group, group, t, d // n_head)  # -> (B, H/G, G, T, d/H)
+    out = ops.transpose(out, 0, 3, 1, 2, 4)  # -> (B, T, H/G, G, d/H)
+    return ops.reshape(out, b, t, d)  # -> (B, T, d)
 
 
 class Attention(Module):
@@ -73,9 +82,12 @@ class Attention(Module):
 
     d_out = property(lambda self: self.o.d_out)
 
+    def qkv(self, x):
+        """The queries (B, T, d), and the keys and values (B, past + T, d), of x and before it."""
+        return self.q(x), *recall(self, self.k(x), self.v(x))
+
     def forward(self, x):
-        k, v = recall(self, self.k(x), self.v(x))  # (B, past + T, d)
-        return self.o(attend(self.q(x), k, v, self.n_head))
+        return self.o(attend(*self.qkv(x), self.n_head))
 
 
 class Block(Module):
@@ -135,6 +147,11 @@ class Transformer(Module):
             self.head.weight = self.tokens.weight
 
     @property
+    def longest(self):
+        """How many positions it can read."""
+        return len(self.positions.dense())
+
+    @property
     def config(self):
         """What builds a model of these shapes, read off its layers, so that surgery counts too."""
         (vocab_size, d), n_positions = self.tokens.dense().shape, len(self.positions.dense())
@@ -153,13 +170,15 @@ class Transformer(Module):
         return found
 
     def forward(self, ids):
-        ids, before, longest = np.asarray(ids), past(), len(self.positions.dense())
+        ids, before = np.asarray(ids), past()
         x = self.tokens(ids)  # (B, T) -> (B, T, d)
         after = before + x.shape[1]
-        if ids.ndim != 2 or not before < after <= longest:
+        if ids.ndim != 2 or not before < after <= self.longest:
             found = f"{ids.shape} after {before} positions"
-            raise ValueError(f"ids have shape {found}; expected (B, T), up to {longest} in all")
-        x = x + self.positions(np.arange(before, after))
+            most = f"expected (B, T), up to {self.longest} in all"
+            raise ValueError(f"ids have shape {found}; {most}")
+        if self.positions is not None:  # else the keys and queries turn with them
+            x = x + self.positions(np.arange(before, after))
         for block in self.blocks:
             x = block(x)
         if _cache.get() is not None:
@@ -167,7 +186,7 @@ class Transformer(Module):
         return self.head(self.norm(x))  # (B, T, d) -> (B, T, vocab_size)
 
 
-def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
+def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None, stop=()):
     """Continue each row by `n` tokens, one after another; each is read once and then remembered.
 
     Args:
@@ -176,11 +195,12 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
         temperature: 0 takes the most likely token; above, one is drawn from the softmax of
             logits / temperature, sharper below 1 and flatter beyond. Drawing needs `rng`.
         top_k: draw from the so many most likely tokens only.
+        stop: tokens that end a row; when every row has had one, no more are added.
 
-    Returns integers (B, T + n).
+    Returns integers (B, T + n), or fewer columns after a stop.
     """
     ids = new = np.asarray(ids)
-    longest = len(model.positions.dense()) if hasattr(model, "positions") else np.inf
+    longest, done = getattr(model, "longest", np.inf), np.zeros(len(ids), bool)
     if ids.shape[1] + n - 1 > longest:  # the last token is never read
         raise ValueError(f"n is {n} after {ids.shape[1]} tokens; the model reads {longest}")
     with model.mode(training=False), no_grad(), cached():
@@ -194,4 +214,7 @@ def generate(model, ids, n, *, temperature=0.0, top_k=None, rng=None):
                 z = z / temperature + noise
             new = z.argmax(axis=-1)[:, None]  # (B, V) -> (B, 1)
             ids = np.concatenate([ids, new], axis=1)  # -> (B, T + 1)
+            done |= np.isin(new[:, 0], stop)
+            if done.all():
+                break
     return ids

@@ -31,13 +31,14 @@ BOOK = [  # to be read from top to bottom
     "lecture",
     "plots",
 ]
-JOBS = ["command", "pretrain", "compare", "__main__"]  # which a reader may skip
+JOBS = ["command", "pretrain", "compare", "real", "__main__"]  # which a reader may skip
 BESIDE = ["editions", "grade"]  # for who teaches
 # boxes and arrows: looked at, not read
 PICTURES = ("plots/drawing", "plots/diagrams", "plots/stepper")
-ORDER = BOOK + JOBS[:3] + BESIDE + JOBS[3:]
+ORDER = BOOK + JOBS[:4] + BESIDE + JOBS[4:]
 OUTSIDE = {"numpy", "tqdm"}  # beside the standard library
 OUTSIDE_IN = {"plots": {"matplotlib"}, "lecture": {"matplotlib", "IPython"}}
+OUTSIDE_IN["real"] = {"gguf", "tokenizers", "jinja2"}  # an extra, and imported only when needed
 # Said once, by the class or by the protocol: what it means does not change with the module.
 PROTOCOL = "forward", "dense", "config", "merged", "merged_bias", "d_in", "d_out", "shape"
 
@@ -138,10 +139,10 @@ def sizes(name):
 
 
 def test_the_house_is_read_in_an_afternoon():
-    beside = [name for name in TREES if name in PICTURES or room(name) in BESIDE]
+    beside = [name for name in TREES if name in PICTURES or room(name) in (*BESIDE, "real")]
     read = [name for name in TREES if name not in beside]
     code, guards, lines = (sum(column) for column in zip(*map(sizes, read), strict=True))
-    book = sum(sizes(name)[0] for name in read if name not in JOBS)
+    book = sum(sizes(name)[0] for name in read if room(name) not in JOBS)
     # A ratchet: what it is today. The aim is 2,350, 2,750, 4,500 and 7%; lower it with each step.
     budget = [
         ("the book", book, 2810),
@@ -212,7 +213,8 @@ def test_what_is_public_has_a_docstring(name):
 
 def test_importing_minilora_imports_no_heavy_package():
     heavy = "matplotlib", "IPython", "multiprocessing", "safetensors", "torch", "scipy"
-    code = f"import sys, minilora; print([m for m in {heavy} if m in sys.modules])"
+    heavy += "gguf", "tokenizers", "jinja2"
+    code = f"import sys, minilora, minilora.real; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,

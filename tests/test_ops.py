@@ -1,5 +1,6 @@
 """Every primitive: a table checked by `check_vjp` and by a few laws, then values and errors."""
 
+import math
 import weakref
 
 import numpy as np
@@ -9,6 +10,8 @@ from minilora import Tensor, check_vjp, no_grad, ops
 
 IDS = np.array([[0, 2, 2], [4, 0, 2]])  # repeated ids: 2 three times, 1 and 3 never
 LABELS = np.array([[1, -100, 0], [3, 2, -100]])
+TURN = np.arange(6.0).reshape(3, 2)  # angles of 3 positions, heads of 4 features
+MASK = np.where(np.arange(5) > 2, -np.inf, 0)  # two keys of five are hidden
 PICK = np.array([2, 0, 2])  # an element taken twice
 
 
@@ -77,6 +80,14 @@ TABLE = [
     ("layer_norm", ops.layer_norm, [(2, 3, 5), (5,), (5,)]),
     ("layer_norm of a vector", ops.layer_norm, [(5,), (5,), (5,)]),
     ("layer_norm of no rows", ops.layer_norm, [(0, 5), (5,), (5,)]),
+    ("rms_norm", ops.rms_norm, [(2, 3, 5), (5,)]),
+    ("rms_norm of heads", ops.rms_norm, [(2, 3, 8), (4,)]),
+    ("rms_norm of no rows", ops.rms_norm, [(0, 5), (5,)]),
+    ("gelu_erf", ops.gelu_erf, [(3, 5)]),
+    ("gelu_erf far out", lambda x: ops.gelu_erf(x * 8), [(40,)]),
+    ("swiglu", ops.swiglu, [(2, 3, 5), (2, 3, 5)]),
+    ("swiglu of itself", lambda x: ops.swiglu(x, x), [(7,)]),
+    ("rotary", lambda x: ops.rotary(x, np.cos(TURN), np.sin(TURN)), [(2, 3, 8)]),
     ("gelu", ops.gelu, [(3, 5)]),
     ("gelu of length 0", ops.gelu, [(3, 0)]),
     ("gelu over 3 blocks", ops.gelu, [(2 * ops.GELU_BLOCK + 3,)]),
@@ -90,6 +101,7 @@ TABLE = [
     ("attention sees all", lambda *qkv: ops.attention(*qkv, causal=False), [(2, 4, 3)] * 3),
     ("attention with S > T", ops.attention, [(2, 3, 4), (2, 5, 4), (2, 5, 4)]),
     ("attention sees all, S < T", lambda *a: ops.attention(*a, False), [(4, 3), (2, 3), (2, 3)]),
+    ("attention by a mask", lambda *a: ops.attention(*a, MASK), [(2, 3, 4), (2, 5, 4), (2, 5, 4)]),
     ("attention of one", ops.attention, [(1, 1)] * 3),
     ("self-attention", lambda x: ops.attention(x, x, x), [(3, 4)]),
     ("dropout", dropped, [(6, 5)]),
@@ -342,6 +354,45 @@ def test_gelu_far_out_is_0_or_x_without_a_warning(dtype):
     np.testing.assert_array_equal(t.grad, [0, 1])
 
 
+@pytest.mark.parametrize("dtype, atol", [(np.float32, 3e-7), (np.float64, 1e-9)])
+def test_gelu_erf_is_the_formula_and_far_out_0_or_x(dtype, atol):
+    a = np.linspace(-9, 9, 2001).astype(dtype)
+    wanted = [x * (1 + math.erf(x / 2**0.5)) / 2 for x in a.tolist()]
+    np.testing.assert_allclose(ops.gelu_erf(Tensor(a)).data, wanted, atol=atol, rtol=1e-6)
+    far = ops.gelu_erf(Tensor(np.array([-1e4, 1e4], dtype))).data
+    np.testing.assert_allclose(far, [0, 1e4], rtol=1e-6, atol=1e-2 * atol)
+
+
+def test_rms_norm_is_the_formula_and_takes_each_head_alone():
+    x, w = draw([(2, 3, 8), (4,)])
+    rows = x.reshape(-1, 4)
+    wanted = rows / np.sqrt((rows**2).mean(1, keepdims=True) + 0.1) * w
+    got = ops.rms_norm(Tensor(x), Tensor(w), eps=0.1).data
+    np.testing.assert_allclose(got, wanted.reshape(x.shape), rtol=1e-13)
+
+
+def test_swiglu_is_the_formula_and_far_out_without_a_warning():
+    a, b = draw([(3, 4), (3, 4)])
+    np.testing.assert_allclose(ops.swiglu(Tensor(a), Tensor(b)).data, a / (1 + np.exp(-a)) * b)
+    far = Tensor(np.array([-1e4, 1e4], np.float32), requires_grad=True)
+    y = ops.swiglu(far, Tensor(np.ones(2, np.float32)))
+    y.sum().backward()
+    np.testing.assert_array_equal([y.data, far.grad], [[0, 1e4], [0, 1]])
+
+
+def test_rotary_keeps_lengths_and_makes_scores_depend_on_the_distance_alone():
+    q, k = draw([(1, 1, 8), (1, 1, 8)])
+
+    def turned(x, t):
+        angles = t * np.array([[1.0, 0.3]])  # two heads of four features
+        return ops.rotary(Tensor(x), np.cos(angles), np.sin(angles)).data[0, 0]
+
+    assert np.linalg.norm(turned(q, 5)) == pytest.approx(np.linalg.norm(q), rel=1e-14)
+    near, far = (turned(q, t + 2)[:4] @ turned(k, t)[:4] for t in (0, 40))
+    assert near == pytest.approx(far, rel=1e-12)
+    assert abs(near - turned(q, 3)[:4] @ turned(k, 0)[:4]) > 1e-3
+
+
 def naive_softmax(z):
     return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
 
@@ -529,6 +580,8 @@ BAD = {  # a key word of the message; ours where NumPy would go on in silence
     "zero-size": lambda: ops.cross_entropy(ones(2, 5), [-100, -100]),
     "run from 0 to 5": lambda: ops.cross_entropy(ones(2, 5), [0, 5]),
     "run from -1 to 4": lambda: ops.cross_entropy(ones(2, 5), [-1, 4]),
+    "n · d": lambda: ops.rms_norm(ones(2, 4), ones(3)),
+    "expected the same": lambda: ops.swiglu(ones(2, 4), ones(4)),
     "size 4 is different": lambda: ops.attention(ones(2, 3), ones(2, 4), ones(2, 4)),
     "size 3 is different": lambda: ops.attention(ones(2, 3), ones(2, 3), ones(3, 3)),
     "1 keys for 3 queries": lambda: ops.attention(ones(3, 2), ones(1, 2), ones(1, 2)),

@@ -187,6 +187,27 @@ def test_attend_splits_the_width_among_the_heads():
     check_vjp(lambda *qkv: attend(*qkv, 2), q, k, v)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_may_share_keys(causal):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(s) for s in [(2, 3, 12), (2, 5, 6), (2, 5, 6)])
+    got = attend(Tensor(q), Tensor(k), Tensor(v), 4, causal).data  # 4 heads of 3 over 2
+    twice = [np.repeat(a.reshape(2, 5, 2, 3), 2, axis=2).reshape(2, 5, 12) for a in (k, v)]
+    wanted = attend(Tensor(q), *map(Tensor, twice), 4, causal).data
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    check_vjp(lambda *qkv: attend(*qkv, 4, causal), q, k, v)
+
+
+def test_generation_stops_when_every_row_has_had_a_stop():
+    model = small()
+    ids = np.array([[1, 2], [3, 4]])
+    full = generate(model, ids, 5)
+    ends = [int(row[3]) for row in full]  # the second new token of each
+    got = generate(model, ids, 5, stop=ends)
+    assert 3 <= got.shape[1] <= 4 and np.array_equal(got, full[:, : got.shape[1]])
+    assert generate(model, ids, 5, stop=[99]).shape == full.shape
+
+
 def test_attend_without_the_mask_sees_every_key():
     v = np.random.default_rng(0).standard_normal((1, 4, 2))
     zero = Tensor(np.zeros((1, 4, 2)))  # equal scores: the mean of all the values

@@ -296,13 +296,24 @@ def quantise(w, bits=4, *, block=64, kind="symmetric", double=False, clip=False,
 
 def dequantise(q, dtype=np.float32):
     """The weights that a `Quantised` stands for, an array of its shape."""
-    codes = unpack(q.packed, q.bits, prod(q.shape)).reshape(q.shape)
+    n, size = prod(q.shape), block_size(q.shape, q.block)
     levels = level_set(q.bits, q.kind, q.levels).astype(dtype)
-    w = levels.take(codes, mode="clip")  # no code is too high, whatever a file may hold
-    w *= q.spread(q.scales().astype(dtype))
-    if q.zero is not None:
-        w += q.spread(q.zeros().astype(dtype))
-    return w
+    if 8 % q.bits:
+        # no code is too high, whatever a file may hold
+        w = levels.take(unpack(q.packed, q.bits, n), mode="clip")
+    else:  # a byte holds whole codes: all that it may stand for is looked up at once
+        each = unpack(np.arange(256, dtype=np.uint8), q.bits, 256 * 8 // q.bits)
+        table = levels.take(each, mode="clip").reshape(256, -1)  # (256, 8 / bits)
+        w = table.take(q.packed, axis=0).reshape(-1)[:n]
+    parts = [part.astype(dtype) for part in (q.scales(), q.zeros()) if part is not None]
+    if n % size:  # the last block is short
+        parts = [q.spread(part).reshape(-1) for part in parts]
+    else:
+        w, parts = w.reshape(-1, size), [part[:, None] for part in parts]  # (blocks, size)
+    w *= parts[0]
+    for zero in parts[1:]:
+        w += zero
+    return w.reshape(q.shape)
 
 
 def kmeans(w, bits=4, *, block=None, iterations=30):

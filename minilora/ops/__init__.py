@@ -10,8 +10,8 @@ import numpy as np
 from ..tensor import Tensor
 from .basic import add, count_gemms, div, embedding, exp, flops, index, linear, log, matmul, mean
 from .basic import mul, power, prepend, relu, reshape, sub, sum, tanh, transpose
-from .fused import GELU_BLOCK, attention, causal_mask, cross_entropy, dropout, gelu, layer_norm
-from .fused import softmax
+from .fused import GELU_BLOCK, attention, causal_mask, cross_entropy, dropout, gelu, gelu_erf
+from .fused import layer_norm, rms_norm, rotary, softmax, swiglu
 
 # ------------------------------------------------------------------ operators
 

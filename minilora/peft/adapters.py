@@ -5,7 +5,7 @@ import numpy as np
 from .. import ops
 from ..nn import Embedding, Linear, Parameter, check_rng, normal
 from ..surgery import Wrapper, plain, put_all, wear
-from ..transformer import attend, past, recall
+from ..transformer import attend, past
 
 
 def dtype_of(module):
@@ -140,10 +140,16 @@ class Prefix(Wrapper):
 
     def forward(self, x):
         check_room(past() + x.shape[1], f"prefix of {self.m}", self.room)
-        base, (keys, values) = self.base, self.pair()
-        k, v = recall(self, base.k(x), base.v(x))
+        (q, k, v), (keys, values) = self.base.qkv(x), self.pair()
         k, v = ops.prepend(keys, k), ops.prepend(values, v)  # (B, T, inner) -> (B, m + T, inner)
-        return base.o(attend(base.q(x), k, v, base.n_head))  # (B, T, d)
+        return self.base.o(attend(q, k, v, self.base.n_head))  # (B, T, d)
+
+
+def positions(model):
+    """How many positions a decoder reads; another model takes no prefix and no prompt."""
+    if "n_positions" not in model.config:
+        raise TypeError(f"this is a {type(model).__name__}; expected one that reads left to right")
+    return model.config["n_positions"]
 
 
 def prefix(model, m=4, *, hidden=None, rng):
@@ -151,7 +157,7 @@ def prefix(model, m=4, *, hidden=None, rng):
 
     As in GPT-2, where the prefix counts as past tokens, `m + T` must not exceed `n_positions`.
     """
-    room, found = model.config["n_positions"] - m, plain(model, "blocks.*.attn", "q k v o n_head")
+    room, found = positions(model) - m, plain(model, "blocks.*.attn", "q k v o n_head")
     settings = {"hidden": hidden, "rng": rng}
     return wear(model, {n: Prefix(base, m, room, **settings) for n, base in found.items()})
 
@@ -226,7 +232,9 @@ def prompt(model, m=4, *, rng):
 
     Tokens keep their positions; the prompt takes the last `m` of the table, which they leave free.
     """
-    n = model.config["n_positions"]
+    n = positions(model)
     (tokens,) = plain(model, "tokens", Embedding, ties=True).values()
     fresh = {"tokens": Prompt(tokens, m, n, rng=rng), "norm": WithoutPrompt(model.norm, m)}
-    return wear(model, fresh | {"positions": TokensFirst(model.positions, m)})
+    if model.positions is not None:  # else they are relative, and nothing moves
+        fresh["positions"] = TokensFirst(model.positions, m)
+    return wear(model, fresh)
