@@ -256,11 +256,11 @@ def check_run(context, url, path, limit):
     )
     state, took = wait_until_run(page, limit, began)
     stored = json.loads(path.read_text("utf-8"))["cells"]
-    shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c["cell_type"] == "code"}
+    shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c.get("execution_count")}
     same = 0
     for i, cell in enumerate(stored):
         source, tags = "".join(cell["source"]), set(cell["metadata"].get("tags", ()))
-        if cell["cell_type"] != "code" or source not in shown:  # an exercise, which is filled in
+        if cell["cell_type"] != "code" or source not in shown:  # filled in, or not reached
             continue
         if tags & UNCOMPARED or text_of(cell) == shown[source]:
             same += 1
@@ -274,6 +274,9 @@ def check_run(context, url, path, limit):
         if failed and "raises-exception" not in cell["metadata"].get("tags", ()):
             what = f"{failed[0]['ename']}: {failed[0]['evalue'][:200]}"
             wrong(path.stem, f"stops at {''.join(cell['source'])[:80]!r}: {what}")
+    missing = sum(not c["execution_count"] for c in state["cells"] if c["cell_type"] == "code")
+    if missing:
+        wrong(path.stem, f"{missing} cells have not run")
     if took >= limit:
         wrong(path.stem, f"is not through after {limit:.0f} s of processor time")
     page.close()
