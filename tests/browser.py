@@ -212,13 +212,20 @@ def wait_until_run(page, limit, start=None):
     """Until every cell has run, or for `limit` seconds of processor time; state and seconds."""
     browser = page.context.browser
     start = cpu(browser) if start is None else start
+    seen, still = None, 0
     while (took := cpu(browser) - start) < limit:
         page.wait_for_timeout(1000)
         state = page.evaluate(STATE)
         code = [
             c for c in state["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()
         ]
-        if state["status"] == "idle" and all(c["execution_count"] for c in code):
+        done = sum(bool(c["execution_count"]) for c in code)
+        if state["status"] == "idle" and done == len(code):
+            break
+        # an error stops what comes after it
+        still = still + 1 if state["status"] == "idle" and done == seen else 0
+        seen = done
+        if still == 30:
             break
     return state, took
 
@@ -249,11 +256,11 @@ def check_run(context, url, path, limit):
     )
     state, took = wait_until_run(page, limit, began)
     stored = json.loads(path.read_text("utf-8"))["cells"]
-    shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c["cell_type"] == "code"}
+    shown = {"".join(c["source"]): text_of(c) for c in state["cells"] if c.get("execution_count")}
     same = 0
     for i, cell in enumerate(stored):
         source, tags = "".join(cell["source"]), set(cell["metadata"].get("tags", ()))
-        if cell["cell_type"] != "code" or source not in shown:  # an exercise, which is filled in
+        if cell["cell_type"] != "code" or source not in shown:  # filled in, or not reached
             continue
         if tags & UNCOMPARED or text_of(cell) == shown[source]:
             same += 1
@@ -262,6 +269,14 @@ def check_run(context, url, path, limit):
             wrong(path.stem, f"cell {i} prints {there!r} in the browser; stored is {told_here!r}")
     done = sum(bool(c.get("execution_count")) for c in state["cells"])
     told(f"{edition}: {done} cells, {took:.0f} s of processor time, {same} as stored")
+    for cell in state["cells"]:
+        failed = [o for o in cell.get("outputs", ()) if o["output_type"] == "error"]
+        if failed and "raises-exception" not in cell["metadata"].get("tags", ()):
+            what = f"{failed[0]['ename']}: {failed[0]['evalue'][:200]}"
+            wrong(path.stem, f"stops at {''.join(cell['source'])[:80]!r}: {what}")
+    missing = sum(not c["execution_count"] for c in state["cells"] if c["cell_type"] == "code")
+    if missing:
+        wrong(path.stem, f"{missing} cells have not run")
     if took >= limit:
         wrong(path.stem, f"is not through after {limit:.0f} s of processor time")
     page.close()

@@ -96,6 +96,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--jobs", nargs="+", default=["step", "generate"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--work", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -103,7 +104,7 @@ def main():
     names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
     env = os.environ | dict.fromkeys(names, str(args.threads))
     running = {}
-    for kind in KINDS:
+    for kind in args.kinds:
         command = [sys.executable, __file__, "--work", kind]
         running[kind] = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
