@@ -242,12 +242,13 @@ def check_run(context, url, path, limit):
     button = page.locator(".ways a.run").last  # the edition that is filled in
     edition = button.get_attribute("href").partition("path=")[2]
     button.click()
-    page.wait_for_function(READY, timeout=PATIENCE)
+    page.wait_for_function(READY, polling=1000, timeout=PATIENCE)
     page.evaluate("window.jupyterapp.commands.execute('editmenu:clear-all')")
     began = cpu(browser)
     page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
     page.wait_for_function(
         f"() => ({STATE})().cells.some(c => c.execution_count && c.outputs.length)",
+        polling=1000,
         timeout=PATIENCE,
     )
     told(
@@ -291,7 +292,7 @@ def check_gap(context, url, path, limit):
         return
     page = context.new_page()
     page.goto(f"{url}/lite/notebooks/index.html?path=student/{path.name}")
-    page.wait_for_function(READY, timeout=PATIENCE)
+    page.wait_for_function(READY, polling=1000, timeout=PATIENCE)
     page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
     state, _ = wait_until_run(page, limit)
     at = next(i for i, c in enumerate(state["cells"]) if "# your lines" in "".join(c["source"]))
