@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -644,6 +645,8 @@ def test_pairs_are_read_a_line_each(tmp_path):
     ],
 )
 def test_the_job_answers_in_one_line(given, message, capsys, monkeypatch, tmp_path):
+    if message == "no.gguf" and not find_spec("gguf"):
+        message = "[real]"  # which brings what reads such a file
     monkeypatch.setattr(job, "PACKAGE", "not_installed_here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:

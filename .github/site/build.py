@@ -33,7 +33,7 @@ from minilora import editions  # noqa: E402
 
 PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full"
 NEEDED = "ipython jedi matplotlib micropip numpy sqlite3 ssl".split()  # and what they need
-HOME = "example/minilora"  # as the notebooks' line on installing has it
+HOME = "OWNER/minilora"  # as the notebooks' line on installing has it
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION *\n?", re.M)
 INSTALL = re.compile(r"try:\n    import minilora as ml\nexcept ImportError:.*", re.S)

@@ -137,7 +137,9 @@ def main(argv=None):
             told.writable(args.out / "adapter.safetensors")
         start = time.perf_counter()
         model, tokenizer = open_model(path, packed=args.packed)
-    except (ImportError, OSError, ValueError) as error:
+    except ImportError as error:
+        told.error(f"{error}; pip install -e '.[real]' brings it")
+    except (OSError, ValueError) as error:
         told.error(str(error))
     if not isinstance(model, Transformer):
         told.error(f"{path} is a {type(model).__name__}, which does not speak")
