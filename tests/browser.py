@@ -208,6 +208,11 @@ def cpu(browser):
     return seconds
 
 
+def command(page, name):
+    """Give a command of JupyterLab and do not wait until it is done, which for a run is long."""
+    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+
+
 def wait_until_run(page, limit, start=None):
     """Until every cell has run, or for `limit` seconds of processor time; state and seconds."""
     browser = page.context.browser
@@ -243,9 +248,9 @@ def check_run(context, url, path, limit):
     edition = button.get_attribute("href").partition("path=")[2]
     button.click()
     page.wait_for_function(READY, polling=1000, timeout=PATIENCE)
-    page.evaluate("window.jupyterapp.commands.execute('editmenu:clear-all')")
+    command(page, "editmenu:clear-all")
     began = cpu(browser)
-    page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
+    command(page, "runmenu:run-all")
     page.wait_for_function(
         f"() => ({STATE})().cells.some(c => c.execution_count && c.outputs.length)",
         polling=1000,
@@ -293,7 +298,7 @@ def check_gap(context, url, path, limit):
     page = context.new_page()
     page.goto(f"{url}/lite/notebooks/index.html?path=student/{path.name}")
     page.wait_for_function(READY, polling=1000, timeout=PATIENCE)
-    page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
+    command(page, "runmenu:run-all")
     state, _ = wait_until_run(page, limit)
     at = next(i for i, c in enumerate(state["cells"]) if "# your lines" in "".join(c["source"]))
     before = "".join(text_of(c) for c in state["cells"][at : at + 2])
@@ -302,8 +307,8 @@ def check_gap(context, url, path, limit):
         w.model.cells.get(at).sharedModel.setSource(source); w.activeCellIndex = at; }""",
         [at, filled[0]],
     )
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
+    command(page, "notebook:run-cell-and-select-next")
+    command(page, "notebook:run-cell-and-select-next")
     page.wait_for_timeout(1000)
     state, _ = wait_until_run(page, limit)
     after = "".join(text_of(c) for c in state["cells"][at : at + 2])
