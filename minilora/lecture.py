@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -84,17 +85,14 @@ def _keep(what, guess):
     kept = _kept()
     if what not in kept and _guesses():
         kept[what] = guess
-        try:
+        with suppress(OSError):  # a folder that can only be read
             _guesses().write_text(json.dumps(kept, ensure_ascii=False, indent=1), "utf-8")
-        except OSError:  # a folder that can only be read
-            pass
     return kept.get(what, guess)
 
 
 def _plain(x):
     """x as JSON gives it back, so that a kept guess compares like a new one."""
-    own = json.dumps(x, default=lambda y: y.tolist() if hasattr(y, "tolist") else str(y))
-    return json.loads(own)
+    return json.loads(json.dumps(x, default=lambda y: getattr(y, "tolist", y.__str__)()))
 
 
 def _told(x):
@@ -243,8 +241,7 @@ def number(x, digits=3, margin=1e-6):
     """`x` as text with `digits` significant digits, if these come out the same on every machine.
 
     Args:
-        x: a number.
-        digits: from 1 to 4.
+        x: a number. digits: from 1 to 4.
         margin: how near, relative to x, a rounding boundary may be: more than what another
             machine's arithmetic can move x.
 

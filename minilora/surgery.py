@@ -143,17 +143,21 @@ def plain(model, patterns, kind=Linear, ties=False):
     return found
 
 
-def freeze(model, patterns="*", trains=False):
-    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
+def _set_trains(model, patterns, trains):
     parameters = dict(model.named_parameters())
     for name in _matching(parameters, patterns, "parameter"):
         parameters[name].requires_grad = trains
     return model
 
 
+def freeze(model, patterns="*"):
+    """Take the parameters whose names match off the tape: no gradient, no state, no decay."""
+    return _set_trains(model, patterns, False)
+
+
 def unfreeze(model, patterns="*"):
     """Put the parameters whose names match on the tape: they train."""
-    return freeze(model, patterns, trains=True)
+    return _set_trains(model, patterns, True)
 
 
 def wear(model, fresh):

@@ -15,9 +15,6 @@ import sys
 from minilora import editions
 
 RULES = {}
-# Those that are not yet rewritten: the rules of the second edition, in SECOND, spare them.
-FIRST_EDITION = set()
-SECOND = set()
 # The sheet of formulas and terms is no lesson: the rules that make one, in LESSON, spare it.
 SHEET = "28"
 LESSON = set("length opening honest_time slides ending exercises breaks_something".split())
@@ -38,12 +35,6 @@ def rule(check):
     """Enter `check` into `RULES`."""
     RULES[check.__name__] = check
     return check
-
-
-def second(check):
-    """Enter `check` into `RULES`, for notebooks of the second edition only."""
-    SECOND.add(check.__name__)
-    return rule(check)
 
 
 # --- what the rules look through -------------------------------------------------------------
@@ -333,7 +324,7 @@ def length(nb):
         yield f"{cells} cells; 25 to 60 make a lesson"
 
 
-@second
+@rule
 def code_and_words(nb):
     """No more than 450 lines of code (250 in 01) and 3,000 words; no cell above 35 lines."""
     words, code, _ = size(nb)
@@ -363,7 +354,7 @@ def opening(nb):
         yield "**Time.** must say how many minutes to read and how many seconds to run"
 
 
-@second
+@rule
 def honest_time(nb):
     """The minutes to read are words / 130 + lines of code / 12, within 3 or 15%."""
     minutes = size(nb)[2]
@@ -374,7 +365,7 @@ def honest_time(nb):
         yield f"it says {said[1]} minutes, and takes about {minutes:.0f}"
 
 
-@second
+@rule
 def predicts(nb):
     """At least two predictions, in parts I to IV; each empty, announced, and answered."""
     found, scored = [], set()
@@ -396,7 +387,7 @@ def predicts(nb):
         yield f"{len(found)} predictions, and {len(scored)} of them scored"
 
 
-@second
+@rule
 def gaps(nb):
     """At least one gap, in parts I to IV: 3 to 8 lines that end a function; tried by `gap`."""
     found = 0
@@ -424,7 +415,7 @@ def gaps(nb):
         yield "no gap: the heart of the method is for the reader to write"
 
 
-@second
+@rule
 def no_answer_to_read(nb):
     """A check holds no answer: it works the value out, or compares a digest."""
     for i, cell in code_cells(nb):
@@ -436,7 +427,7 @@ def no_answer_to_read(nb):
                         yield f"cell {i}: its answer can be read: {ast.unparse(side)}; use digest"
 
 
-@second
+@rule
 def slides(nb):
     """Each cell says what it is in the slides; a section is a slide, with its minutes in notes."""
     sections, totals = 0, [0, 0]
@@ -463,7 +454,7 @@ def slides(nb):
         yield f"the notes make {totals[0]} and {totals[1]} minutes; expected 35-45, 70-90"
 
 
-@second
+@rule
 def figures_are_folded(nb):
     """The code of a figure is folded away, and a cell that is folded draws or helps."""
     for i, cell in code_cells(nb):

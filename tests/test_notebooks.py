@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import notebook_lint
 import plugin
 from minilora.real import __main__ as real
-from notebook_lint import FIRST_EDITION, LESSON, RULES, SECOND, SHEET, code_cells, number
+from notebook_lint import LESSON, RULES, SHEET, code_cells, number
 from refresh_notebooks import find, normalise, read
 from surroundings import ROOT
 
@@ -48,7 +48,7 @@ def test_keeps_the_rules(path):
 
 def broken(nb):
     """What every rule says against a notebook, each with the rule itself."""
-    spared = LESSON if number(nb) == SHEET else SECOND if number(nb) in FIRST_EDITION else ()
+    spared = LESSON if number(nb) == SHEET else ()
     rules = [rule for name, rule in RULES.items() if name not in spared]
     return [f"{found} ({rule.__doc__})" for rule in rules for found in rule(nb)]
 

@@ -11,7 +11,7 @@ import numpy as np
 from .. import ops
 from ..accounting import shape_of
 from ..nn import MLP, Embedding, LayerNorm, Linear, Module, Parameter
-from ..tensor import Tensor
+from ..tensor import Tensor, within
 from ..transformer import Attention, Block, Transformer, attend, past, recall
 
 
@@ -215,9 +215,8 @@ def set_eps(model, eps):
 
 # ------------------------------------------------------------------ BERT
 
-_unseen = ContextVar(
-    "unseen", default=False
-)  # what attention must not see: a mode, as the cache is
+# what attention must not see: a mode, as the cache is
+_unseen = ContextVar("unseen", default=False)
 
 
 class FullAttention(Attention):
@@ -287,11 +286,8 @@ class Bert(Module):
         x = self.tokens(ids) + self.positions(np.arange(ids.shape[1])) + self.types(0)
         x = self.norm0(x)  # (B, T, d)
         mask = np.where(on, 0, -np.inf)[:, None, None].astype(x.dtype)  # (B, 1, 1, T)
-        before = _unseen.set(mask)
-        try:
+        with within(_unseen, mask):
             for block in self.blocks:
                 x = block(x)
-        finally:
-            _unseen.reset(before)
         share = (on / on.sum(axis=1, keepdims=True)).astype(x.dtype)[:, None]  # (B, 1, T)
         return ops.reshape(Tensor(share) @ x, len(ids), -1)  # (B, 1, d) -> (B, d)
