@@ -42,7 +42,7 @@ def execute(notebook, folder, allow_errors=False):
     """
     NotebookClient(
         notebook,
-        timeout=120,  # a cell; as for nbval, so that what can be stored can be tested
+        timeout=600,  # a cell; as for nbval, so that what can be stored can be tested
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         allow_errors=allow_errors,
