@@ -56,7 +56,7 @@ def make_up(w, gram, settle, damping=0.01, chunk=128):
     Returns: the settled weight, (d_out, d_in), float64.
 
     Source: LeCun et al. 1989, "Optimal brain damage"; Hassibi & Stork 1992, "Second order
-    derivatives for network pruning"; Frantar et al. 2022, arXiv 2210.17323, section 3.
+    derivatives for network pruning"; Frantar et al. 2022, arXiv 2210.17323.
     """
     # Cholesky from the last row up, by turning the matrix round twice
     u = np.linalg.inv(root_of(gram[::-1, ::-1], damping)[::-1, ::-1])
@@ -140,7 +140,7 @@ def hosvd(t, ranks):
     The squared error is at most the sum over the axes of what each of them cuts off, so the
     error is at most √N times the least there is.
 
-    Source: De Lathauwer, De Moor & Vandewalle 2000, "A multilinear SVD", section 4.
+    Source: De Lathauwer, De Moor & Vandewalle 2000, "A multilinear SVD".
     """
     return tucker(t, ranks, iterations=0)
 

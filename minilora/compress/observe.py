@@ -65,7 +65,7 @@ def by_data(model, layers, make, grams=None, in_turn=None):
     A gram is None, or that of `grams`, or, block by block, of `in_turn`: then a block can make
     up for what the new blocks before it do wrong. The model is left as it was.
 
-    Source: Frantar et al. 2022, arXiv 2210.17323, section 4, for blocks in turn.
+    Source: Frantar et al. 2022, arXiv 2210.17323, for blocks in turn.
     """
     if in_turn is None:
         return {n: make(n, m, None if grams is None else grams[n]) for n, m in layers.items()}

@@ -304,7 +304,7 @@ def block_similarity(model, inputs):
     float64 (n_layer,), for token ids (N, T), run in one pass. Near 1, a block hardly turns the
     stream and may be left out; ShortGPT's *block influence* is 1 less this.
 
-    Source: Men et al. 2024, arXiv 2403.03853, section 3.
+    Source: Men et al. 2024, arXiv 2403.03853.
     """
     found = []
 
@@ -321,7 +321,7 @@ def block_similarity(model, inputs):
 def drop_blocks(model, which):
     """Take whole blocks out of a `Transformer`: one index or several, but not all of them.
 
-    Source: Men et al. 2024, arXiv 2403.03853, section 3.
+    Source: Men et al. 2024, arXiv 2403.03853.
     """
     plain(model, "*", Module, ties=True)  # no wrapper
     which, n = set(np.atleast_1d(which).tolist()), len(model.blocks)

@@ -343,7 +343,7 @@ def gptq(w, gram, bits=4, *, block=64, damping=0.01, act_order=False, **settings
         act_order: go over the features from the loudest, E[x_j²], to the faintest: those that
             count most are rounded while most others can still make up for them.
 
-    Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
+    Source: Frantar et al. 2022, arXiv 2210.17323.
     """
     q, order = quantise(w, bits, block=block, **settings), np.arange(w.shape[1])
     grid, codes = level_set(q.bits, q.kind, q.levels), np.empty(w.shape, np.uint8)

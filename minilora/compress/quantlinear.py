@@ -120,7 +120,7 @@ class StraightThrough(Wrapper):
     `base` is a `Linear`; `bits` and `form` are as for `quantise`. Rounding has a slope of zero or
     none; the *straight-through* estimator takes it for 1. (A "fake quantised" weight.)
 
-    Source: Bengio et al. 2013, arXiv 1308.3432, section 3.
+    Source: Bengio et al. 2013, arXiv 1308.3432.
     """
 
     def __init__(self, base, bits=4, **form):

@@ -13,7 +13,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """Each row of x (…, d) to mean 0 and variance 1, then times `weight` (d,) plus `bias` (d,).
 
     `eps` is added to the variance, so that a row of equal numbers is no division by zero.
-    Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450, section 3.1.
+    Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
     """
     d, w = x.shape[-1], weight.data
     old = x.shape

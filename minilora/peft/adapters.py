@@ -34,7 +34,7 @@ class Adapter(Wrapper):
         scale: the strength of what it adds; He et al. take 4 in parallel.
 
     Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; in parallel: He et al. 2022,
-    arXiv 2110.04366, section 3.3, where the nonlinearity is a ReLU.
+    arXiv 2110.04366, where the nonlinearity is a ReLU.
     """
 
     why_not_merged = (

@@ -212,7 +212,7 @@ def lora_plus(model, lr, ratio=16.0, **kwargs):
 
     `lr` is that of A; `kwargs` are for `AdamW`.
 
-    Source: Hayou, Ghosh & Yu 2024, arXiv 2402.12354, section 4.
+    Source: Hayou, Ghosh & Yu 2024, arXiv 2402.12354.
     """
     trained = model.trainable()
     factors = [ratio if name.endswith(".B") else 1.0 for name in trained]

@@ -15,7 +15,7 @@ def full(model):
 def bitfit(model):
     """Freeze the model but for its biases, those of the LayerNorms included. Returns the model.
 
-    Source: Ben Zaken et al. 2022, arXiv 2106.10199, section 3.
+    Source: Ben Zaken et al. 2022, arXiv 2106.10199.
     """
     plain(model, "*", Module, ties=True)
     unfreeze(model, "*.bias")  # no bias at all? then nothing is changed yet

@@ -382,7 +382,7 @@ def gptq(weights=(1.4, 0.4, -1.6, 2.4), correlation=0.8):
     Args:
         weights: four of them, rounded to whole numbers. correlation: of any two inputs, 0 to 1.
 
-    Source: Frantar et al. 2022, arXiv 2210.17323, section 3, with U the upper factor of H⁻¹ = Uᵀ U.
+    Source: Frantar et al. 2022, arXiv 2210.17323, with U the upper factor of H⁻¹ = Uᵀ U.
     """
     w, n = np.array(weights, float), len(weights)
     h = np.full((n, n), float(correlation)) + (1 - correlation) * np.eye(n)
