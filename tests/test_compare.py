@@ -33,7 +33,7 @@ def few(monkeypatch):
 @pytest.fixture
 def brief(few, monkeypatch):
     """Two methods, two test seeds, and made-up runs in this process: the best rate is 4e-3."""
-    names = "lora+", "bitfit"
+    names = "lora", "bitfit"
     settings = {name: METHODS[name]._replace(lr=1e-3) for name in names}
     monkeypatch.setattr(compare, "METHODS", settings)
     monkeypatch.setattr(compare, "SEEDS", SEEDS[:2])
