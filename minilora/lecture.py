@@ -48,21 +48,28 @@ class Prediction:
     def score(self, result, digits=3):
         """Say what it is, and how far off the guess was."""
         result = _plain(result)
-        is_ = f"it is {number(result, digits) if isinstance(result, float) else _told(result)}"
         if self.guess is None:
-            print(f"{self.what}: no prediction yet; {is_}.")
+            print(f"{self.what}: no prediction yet; it is {_shown(result, digits)}.")
             return
         first = _keep(self.what, self.guess)
         now = "" if first == self.guess else f" at first (now {_told(self.guess)})"
-        same = first == result or _told(first).strip().lower() == _told(result).lower()
-        found = "as it is" if same else is_ + _off(first, result)
-        print(f"{self.what}: predicted {_told(first)}{now}, {found}.")
+        said, shown = _told(first), _shown(result, digits)
+        same = first == result or said.strip().lower() == _told(result).lower()
+        off = _off(first, result)  # of numbers, those that are printed alike are the same
+        same = same or (off and isinstance(result, float) and number(float(first), digits) == shown)
+        found = "as it is" if same else f"it is {shown}{off}"
+        print(f"{self.what}: predicted {said}{now}, {found}.")
 
     @staticmethod
     def forget():
         """Forget every guess that was kept."""
         if _guesses():
             _guesses().unlink(missing_ok=True)
+
+
+def _shown(value, digits):
+    """A value as it is printed: a float to so many digits."""
+    return number(value, digits) if isinstance(value, float) else _told(value)
 
 
 def _guesses():
