@@ -8,7 +8,6 @@ import json
 import math
 import re
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from .. import safetensors
 from ..compress.quantise import Quantised, pack
 from ..compress.quantlinear import QuantLinear
+from ..io import said_of
 from ..surgery import put
 from .models import Bert, Llama, gpt2, opt
 from .text import from_folder, from_gguf
@@ -131,20 +131,6 @@ def open_model(path, dtype=np.float32, packed=True):
             else:
                 p.data = np.array(a, dtype)
     return model, tokenizer
-
-
-DAMAGE = ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, re.error
-
-
-@contextmanager
-def said_of(path):
-    """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
-    try:
-        yield
-    except DAMAGE as e:
-        what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        what = " ".join(what.split()).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {what[:400]}") from None
 
 
 def _blank(config, stored, dtype):

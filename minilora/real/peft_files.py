@@ -28,12 +28,12 @@ import numpy as np
 
 from .. import ops, safetensors
 from ..compress.factor import truncated_svd
-from ..io import fill
+from ..io import fill, said_of
 from ..nn import Embedding, Linear
 from ..peft import IA3, DoRA, LoRA, LoRAEmbedding, PiSSA, Prefix, Prompt, TokensFirst, WithoutPrompt
 from ..surgery import plain, wear, wrappers
 from ..tensor import Tensor
-from .files import MODELS, OFFSET, names, read_json, said_of, widened
+from .files import MODELS, OFFSET, names, read_json, widened
 from .models import OPT, OPT_SIZES, expect
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -156,13 +156,13 @@ def export_peft(model, folder, family=None, base=None):
 
 
 def _stacked(model, found, family):
-    """(their name, our layers, what each of them wears or None) for each layer that is adapted."""
+    """(their name, a wrapper on it, [(our layer, its own wrapper or None), …]) for each adapted."""
     layers, left = dict(model.named_modules()), set(found)
     for their, ours in _places(model, [family]).items():
-        worn = [found.get(name) for name in ours]
-        if left & set(ours) and their != "model.decoder.embed_positions":
+        worn = [found[name] for name in ours if name in found]
+        if worn and their != "model.decoder.embed_positions":
             left -= set(ours)
-            yield their, [layers[name] for name in ours], worn
+            yield their, worn[0], [(layers[name], found.get(name)) for name in ours]
     if left:
         raise ValueError(f"export_peft: PEFT cannot adapt a layer {min(left)} of {family}")
 
@@ -192,9 +192,8 @@ def _lora_out(model, found, family):
     if len(dropouts) > 1 or len(kinds) > 1:
         raise ValueError("export_peft: layers differ in dropout or rslora; PEFT has one for all")
     arrays, ranks, alphas = {}, {}, {}
-    for their, layers, worn in _stacked(model, found, family):
-        lead = next(w for w in worn if w is not None)
-        pairs = [_factors(*both, lead) for both in zip(layers, worn, strict=True)]
+    for their, lead, layers in _stacked(model, found, family):
+        pairs = [_factors(layer, w, lead) for layer, w in layers]
         stacked, name = np.concatenate([a for a, _ in pairs]), f"{BASE}{their}.lora_"  # (Σ r, d_in)
         r, dtype, end, rows = len(stacked), lead.A.dtype, 0, []
         for _, b in pairs:  # (Σ d_out, Σ r): a block for each of ours, down the diagonal
@@ -204,7 +203,7 @@ def _lora_out(model, found, family):
         form = "embedding_{}" if isinstance(lead, LoRAEmbedding) else "{}.weight"
         arrays |= {name + form.format(x): own[x].astype(dtype) for x in own}
         if isinstance(lead, DoRA):
-            arrays[f"{name}magnitude_vector"] = np.concatenate(list(map(_lengths, layers, worn)))
+            arrays[f"{name}magnitude_vector"] = np.concatenate([_lengths(*each) for each in layers])
         ranks[their], alphas[their] = r, lead.alpha * _ratio(r, lead.r, rslora)
     r, alpha = mode(ranks.values()), mode(alphas.values())
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(ranks)}
@@ -224,15 +223,14 @@ def _lengths(layer, w):
 
 def _ia3_out(model, found, family):
     arrays, targets = {}, {"out": [], "in": []}
-    for their, layers, worn in _stacked(model, found, family):
-        side = next(w for w in worn if w is not None).side
-        if len({getattr(w, "side", "out") for w in worn}) > 1 or (side == "in" and len(worn) > 1):
+    for their, lead, layers in _stacked(model, found, family):
+        sides = {getattr(w, "side", "out") for _, w in layers}
+        if sides != {"out"} and len(layers) > 1:
             raise ValueError(f"export_peft: {their} holds three layers; its inputs have one scale")
-        both = zip(layers, worn, strict=True)
-        scales = [np.ones(x.d_out) if w is None else w.scale.data for x, w in both]
-        scale = np.concatenate(scales).astype(layers[0].dense().dtype)[:, None]  # (d, 1)
-        arrays[f"{BASE}{their}.ia3_l"] = scale.T if side == "in" else scale
-        targets[side].append(their)
+        scales = [np.ones(layer.d_out) if w is None else w.scale.data for layer, w in layers]
+        scale = np.concatenate(scales).astype(lead.scale.dtype)[:, None]  # (d, 1)
+        arrays[f"{BASE}{their}.ia3_l"] = scale.T if lead.side == "in" else scale
+        targets[lead.side].append(their)
     config = {"peft_type": "IA3", "target_modules": targets["out"] + targets["in"]}
     config |= {"feedforward_modules": targets["in"], "init_ia3_weights": True}
     return config | {"fan_in_fan_out": family == "gpt2"}, arrays
