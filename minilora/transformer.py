@@ -57,15 +57,14 @@ def attend(q, k, v, n_head, causal=True):
     (b, t, d), (_, s, narrow) = q.shape, k.shape
     group = d // narrow  # G
 
-    def split(x):
-        x = ops.reshape(x, b, x.shape[1], -1, d // n_head)  # (B, T, h · d/H) -> (B, T, h, d/H)
-        return ops.transpose(x, 0, 2, 1, 3)  # -> (B, h, T, d/H)
+    def split(x):  # (B, T, h · d/H) -> (B, T, h, d/H) -> (B, h, T, d/H)
+        return ops.transpose(ops.reshape(x, b, x.shape[1], -1, d // n_head), 0, 2, 1, 3)
 
     q, k, v = split(q), split(k), split(v)
     if group > 1:  # heads that share a key are no more than further queries for it
         q = ops.reshape(q, b, n_head // group, group * t, -1)  # -> (B, H/G, G·T, d/H)
-        if causal is True:
-            causal = np.tile(ops.causal_mask(t, s, q.dtype), (group, 1))  # (T, S) -> (G·T, S)
+        if causal is True:  # (T, S) -> (G·T, S)
+            causal = np.tile(ops.causal_mask(t, s, q.dtype), (group, 1))
     out = ops.attention(q, k, v, causal)  # (B, H/G, G·T, d/H)
     if group > 1:
         out = ops.reshape(out, b, n_head, t, -1)  # -> (B, H, T, d/H)
