@@ -314,7 +314,7 @@ def dequantise(q, dtype=np.float32):
         each = unpack(np.arange(256, dtype=np.uint8), q.bits, 256 * 8 // q.bits)
         table = levels.take(each, mode="clip").reshape(256, -1)  # (256, 8 / bits)
         w = table.take(q.packed, axis=0).reshape(-1)[:n]
-    parts = [part.astype(dtype) for part in (q.scales(), q.zeros()) if part is not None]
+    parts = [p.astype(dtype, copy=False) for p in (q.scales(), q.zeros()) if p is not None]
     if n % size:  # the last block is short
         parts = [q.spread(part).reshape(-1) for part in parts]
     else:
