@@ -7,6 +7,7 @@ optimiser's `state_arrays()` beside it by `safetensors.write`.
 
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .transformer import Transformer
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data" if (HERE / "data").is_dir() else HERE.parent / "data"  # a wheel, a clone
 MODEL, ADAPTER = "minilora model 1", "minilora adapter 2"
+DAMAGE = ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, re.error
 
 
 def save_model(model, path):
@@ -73,7 +75,7 @@ def load_model(path, dtype=None):
     """
     arrays, metadata = _read(path, MODEL)
     config, layers, sparse = (_json(path, metadata, key) for key in ("config", "layers", "sparse"))
-    with _said_of(path):
+    with said_of(path):
         if dtype is None:
             dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
         for name, shape in sparse.items():
@@ -130,7 +132,7 @@ def load_adapter(model, path):
     arrays, metadata = _read(path, ADAPTER)
     forms, still = (_json(path, metadata, key) for key in ("wrappers", "still"))
     modules, plain = dict(model.named_modules()), dict(model.named_parameters())
-    with _said_of(path):
+    with said_of(path):
         expected, fresh = {name: plain[name] for name in arrays if name in plain}, {}
         for name, form in forms.items():
             if name not in modules:
@@ -206,12 +208,13 @@ def write_sums(folder):
 
 
 @contextmanager
-def _said_of(path):
+def said_of(path):
     """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+    except DAMAGE as e:
         what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        what = " ".join(what.split()).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {what[:400]}") from None
 
 

@@ -57,17 +57,18 @@ def attend(q, k, v, n_head, causal=True):
     (b, t, d), (_, s, narrow) = q.shape, k.shape
     group = d // narrow  # G
 
-    def split(x, n):  # heads that share a key are no more than further queries for it
-        x = ops.reshape(x, b, x.shape[1], n_head // group, n, d // n_head)
-        x = ops.transpose(x, 0, 2, 3, 1, 4)  # (B, T, H/G, n, d/H) -> (B, H/G, n, T, d/H)
-        return ops.reshape(x, *x.shape[:2], n * x.shape[3], x.shape[4])  # -> (B, H/G, n·T, d/H)
+    def split(x):  # (B, T, h · d/H) -> (B, T, h, d/H) -> (B, h, T, d/H)
+        return ops.transpose(ops.reshape(x, b, x.shape[1], -1, d // n_head), 0, 2, 1, 3)
 
-    if causal is True and group > 1:
-        causal = np.tile(ops.causal_mask(t, s, q.dtype), (group, 1))  # (T, S) -> (G·T, S)
-    out = ops.attention(split(q, group), split(k, 1), split(v, 1), causal)  # (B, H/G, G·T, d/H)
-    out = ops.reshape(out, b, n_head // group, group, t, d // n_head)  # -> (B, H/G, G, T, d/H)
-    out = ops.transpose(out, 0, 3, 1, 2, 4)  # -> (B, T, H/G, G, d/H)
-    return ops.reshape(out, b, t, d)  # -> (B, T, d)
+    q, k, v = split(q), split(k), split(v)
+    if group > 1:  # heads that share a key are no more than further queries for it
+        q = ops.reshape(q, b, n_head // group, group * t, -1)  # -> (B, H/G, G·T, d/H)
+        if causal is True:  # (T, S) -> (G·T, S)
+            causal = np.tile(ops.causal_mask(t, s, q.dtype), (group, 1))
+    out = ops.attention(q, k, v, causal)  # (B, H/G, G·T, d/H)
+    if group > 1:
+        out = ops.reshape(out, b, n_head, t, -1)  # -> (B, H, T, d/H)
+    return ops.reshape(ops.transpose(out, 0, 2, 1, 3), b, t, d)  # -> (B, T, H, d/H) -> (B, T, d)
 
 
 class Attention(Module):

@@ -104,6 +104,13 @@ def pack(codes, bits):
 
 def unpack(packed, bits, n):
     """The `n` codes (uint8) that `pack` made these bytes of."""
+    if bits == 8:
+        return packed[:n]
+    if bits == 4:  # the usual case, in words of two codes: the upper one moves to its own byte
+        words = packed.astype("<u2")
+        words |= words << 4
+        words &= 0x0F0F
+        return words.view(np.uint8)[:n]
     words = np.zeros((-(-n // 8), 8), np.uint8)
     words[:, :bits] = np.pad(packed, (0, len(words) * bits - packed.size)).reshape(-1, bits)
     lanes = words.view("<u8") >> np.arange(0, 8 * bits, bits, dtype="<u8")  # (m, 1) -> (m, 8)
@@ -298,14 +305,16 @@ def dequantise(q, dtype=np.float32):
     """The weights that a `Quantised` stands for, an array of its shape."""
     n, size = prod(q.shape), block_size(q.shape, q.block)
     levels = level_set(q.bits, q.kind, q.levels).astype(dtype)
-    if 8 % q.bits:
-        # no code is too high, whatever a file may hold
+    # No code is taken to be higher than its kind allows, whatever a file may hold.
+    if q.kind == "affine":  # the levels are the codes themselves
+        w = unpack(q.packed, q.bits, n).astype(dtype)
+    elif 8 % q.bits:
         w = levels.take(unpack(q.packed, q.bits, n), mode="clip")
     else:  # a byte holds whole codes: all that it may stand for is looked up at once
         each = unpack(np.arange(256, dtype=np.uint8), q.bits, 256 * 8 // q.bits)
         table = levels.take(each, mode="clip").reshape(256, -1)  # (256, 8 / bits)
         w = table.take(q.packed, axis=0).reshape(-1)[:n]
-    parts = [part.astype(dtype) for part in (q.scales(), q.zeros()) if part is not None]
+    parts = [p.astype(dtype, copy=False) for p in (q.scales(), q.zeros()) if p is not None]
     if n % size:  # the last block is short
         parts = [q.spread(part).reshape(-1) for part in parts]
     else:

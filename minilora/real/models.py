@@ -25,6 +25,13 @@ class RMSNorm(Module):
         return ops.rms_norm(x, self.weight, self.eps)  # (…, d) -> (…, d)
 
 
+def expect(config, wanted):
+    """A ValueError names a field that is there, and not as wanted."""
+    for name, value in wanted.items():
+        if config.get(name) not in (value, None):
+            raise ValueError(f"{name} is {config[name]!r}; expected {value!r}")
+
+
 # ------------------------------------------------------------------ Llama
 
 
@@ -133,8 +140,7 @@ class Llama(Transformer):
 
     def __init__(self, config, *, rng, dtype=np.float32):
         shape, eps = shape_of(config), config.get("rms_norm_eps", 1e-6)
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act is {config['hidden_act']!r}; expected 'silu'")
+        expect(config, {"hidden_act": "silu"})
         if shape.n_head % shape.n_kv_head or shape.d_head % 2:
             raise ValueError(f"heads do not fit: {shape}")
         longest = config.get("max_position_embeddings", 2048)
@@ -146,13 +152,12 @@ class Llama(Transformer):
         def norm(d):
             return RMSNorm(d, eps, dtype=dtype)
 
-        rotary, d = Rotary(frequencies(config, shape.d_head)), shape.d_model
-        self.tokens = Embedding(shape.vocab_size, d, rng=rng, std=0.02, dtype=dtype)
-        self.blocks = [
-            LlamaBlock(shape, rotary, norm, rng=rng, dtype=dtype) for _ in range(shape.n_layer)
-        ]
+        rotary, more = Rotary(frequencies(config, shape.d_head)), {"rng": rng, "dtype": dtype}
+        d, n = shape.d_model, shape.vocab_size
+        self.tokens = Embedding(n, d, std=0.02, **more)
+        self.blocks = [LlamaBlock(shape, rotary, norm, **more) for _ in range(shape.n_layer)]
         self.norm = norm(d)
-        self.head = Linear(d, shape.vocab_size, rng=rng, bias=False, std=0.02, dtype=dtype)
+        self.head = Linear(d, n, bias=False, std=0.02, **more)
         if shape.tied:
             self.head.weight = self.tokens.weight
 
@@ -168,14 +173,12 @@ def gpt2(config, *, rng, dtype=np.float32):
     Source: Radford et al. 2019.
     """
     shape, act = shape_of(config), config.get("activation_function", "gelu_new")
-    odd = [
-        n for n in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn") if config.get(n)
-    ]
-    if act not in ("gelu_new", "gelu_pytorch_tanh") or odd:
-        raise ValueError(f"{odd[0] if odd else act} is asked for; expected plain 'gelu_new'")
-    sizes = {"vocab_size": shape.vocab_size, "n_positions": shape.n_positions, "tied": shape.tied}
-    sizes |= {"n_embd": shape.d_model, "n_head": shape.n_head, "n_layer": shape.n_layer}
-    model = Transformer(**sizes, d_ff=shape.d_ff, rng=rng, dtype=dtype)
+    expect(config, {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False})
+    if act not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"{act} is asked for; expected plain 'gelu_new'")
+    alike = "vocab_size", "n_positions", "n_head", "n_layer", "d_ff", "tied"
+    sizes = {name: getattr(shape, name) for name in alike}
+    model = Transformer(**sizes, n_embd=shape.d_model, rng=rng, dtype=dtype)
     model.family = "gpt2"  # whose names its layers have in files: the toy's are OPT's
     return set_eps(model, config.get("layer_norm_epsilon", 1e-5))
 
@@ -188,6 +191,15 @@ OPT = {  # what an OPT must be to have the shape of the toy
     "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
 }
+OPT_SIZES = {  # of the toy, by their names in an OPT's configuration
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "ffn_dim": "d_ff",
+    "tie_word_embeddings": "tied",
+}
 
 
 def opt(config, *, rng, dtype=np.float32):
@@ -196,13 +208,8 @@ def opt(config, *, rng, dtype=np.float32):
     Source: Zhang et al. 2022, arXiv 2205.01068.
     """
     c = {"activation_function": "relu", "tie_word_embeddings": True} | config  # if not said
-    for name, wanted in (OPT | {"word_embed_proj_dim": c["hidden_size"]}).items():
-        if c.get(name) not in (wanted, None):
-            raise ValueError(f"{name} is {c[name]!r}; expected {wanted!r}")
-    sizes = {"vocab_size": c["vocab_size"], "n_positions": c["max_position_embeddings"]}
-    sizes |= {"n_embd": c["hidden_size"], "n_head": c["num_attention_heads"], "d_ff": c["ffn_dim"]}
-    sizes |= {"n_layer": c["num_hidden_layers"], "tied": bool(c["tie_word_embeddings"])}
-    return Transformer(**sizes, rng=rng, dtype=dtype)
+    expect(c, OPT | {"word_embed_proj_dim": c["hidden_size"]})
+    return Transformer(**{b: c[a] for a, b in OPT_SIZES.items()}, rng=rng, dtype=dtype)
 
 
 def set_eps(model, eps):
@@ -259,10 +266,7 @@ class Bert(Module):
     """
 
     def __init__(self, config, *, rng, dtype=np.float32):
-        plain = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for name, wanted in plain.items():
-            if config.get(name, wanted) != wanted:
-                raise ValueError(f"{name} is {config[name]!r}; expected {wanted!r}")
+        expect(config, {"hidden_act": "gelu", "position_embedding_type": "absolute"})
         n, d, self.config = config["vocab_size"], config["hidden_size"], config
         more = {"rng": rng, "dtype": dtype}
         self.tokens = Embedding(n, d, **more)
@@ -279,10 +283,8 @@ class Bert(Module):
         ids = np.asarray(ids)
         on = ids != self.config.get("pad_token_id", 0)  # (B, T)
         if ids.ndim != 2 or not 0 < ids.shape[1] <= self.longest or not on.any(axis=1).all():
-            raise ValueError(
-                f"ids have shape {ids.shape}; expected (B, T) with T up to {self.longest}, and a "
-                "token that is no padding in each row"
-            )
+            most = f"(B, T) with T up to {self.longest}, and a token that is no padding in each row"
+            raise ValueError(f"ids have shape {ids.shape}; expected {most}")
         x = self.tokens(ids) + self.positions(np.arange(ids.shape[1])) + self.types(0)
         x = self.norm0(x)  # (B, T, d)
         mask = np.where(on, 0, -np.inf)[:, None, None].astype(x.dtype)  # (B, 1, 1, T)

@@ -27,16 +27,18 @@ from statistics import mode
 import numpy as np
 
 from .. import ops, safetensors
-from ..io import fill
+from ..compress.factor import truncated_svd
+from ..io import fill, said_of
 from ..nn import Embedding, Linear
 from ..peft import IA3, DoRA, LoRA, LoRAEmbedding, PiSSA, Prefix, Prompt, TokensFirst, WithoutPrompt
 from ..surgery import plain, wear, wrappers
 from ..tensor import Tensor
-from .files import MODELS, OFFSET, names, read_json, said_of, widened
-from .models import OPT
+from .files import MODELS, OFFSET, names, read_json, widened
+from .models import OPT, OPT_SIZES, expect
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base_model.model."  # PEFT holds the model twice wrapped
+TABLE = "model.decoder.embed_positions.weight"
 VIRTUAL = "prompt_embeddings"  # PEFT's name of a prompt, and of a prefix
 MARK = "minilora"  # in the file's metadata: the kind, where PEFT's form does not tell
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "ia3_l": "scale"}
@@ -92,19 +94,15 @@ def save_pretrained(model, folder):
     modules = dict(model.named_modules())
     for their, (name,) in _places(model, ["opt"]).items():
         layer = modules[name]
-        weight = layer.dense() if hasattr(layer, "dense") else layer.weight.data
-        if name == "positions":
-            weight = np.pad(weight, ((OFFSET, 0), (0, 0)))  # (n, d) -> (2 + n, d)
-        arrays[f"{their}.weight"] = weight
+        arrays[f"{their}.weight"] = layer.dense() if hasattr(layer, "dense") else layer.weight.data
         if getattr(layer, "bias", None) is not None:
             arrays[f"{their}.bias"] = layer.bias.data
+    arrays[TABLE] = np.pad(arrays[TABLE], ((OFFSET, 0), (0, 0)))  # (n, d) -> (2 + n, d)
     if c["tied"]:
         del arrays["lm_head.weight"]
     config = OPT | {"architectures": ["OPTForCausalLM"], "dtype": str(model.norm.weight.dtype)}
-    config |= {"vocab_size": c["vocab_size"], "max_position_embeddings": c["n_positions"]}
-    config |= dict.fromkeys(("hidden_size", "word_embed_proj_dim"), c["n_embd"])
-    config |= {"num_hidden_layers": c["n_layer"], "num_attention_heads": c["n_head"]}
-    config |= {"ffn_dim": c.get("d_ff", 4 * c["n_embd"]), "tie_word_embeddings": c["tied"]}
+    sizes = {"d_ff": 4 * c["n_embd"]} | c
+    config |= {"word_embed_proj_dim": c["n_embd"]} | {a: sizes[b] for a, b in OPT_SIZES.items()}
     config |= dict.fromkeys(("dropout", "attention_dropout", "layerdrop"), 0.0)
     config |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     _write(folder, ("config.json", "model.safetensors"), config, arrays, {})
@@ -158,13 +156,13 @@ def export_peft(model, folder, family=None, base=None):
 
 
 def _stacked(model, found, family):
-    """(their name, our layers, what each of them wears or None) for each layer that is adapted."""
+    """(their name, a wrapper on it, [(our layer, its own wrapper or None), …]) for each adapted."""
     layers, left = dict(model.named_modules()), set(found)
     for their, ours in _places(model, [family]).items():
-        worn = [found.get(name) for name in ours]
-        if left & set(ours) and their != "model.decoder.embed_positions":
+        worn = [found[name] for name in ours if name in found]
+        if worn and their != "model.decoder.embed_positions":
             left -= set(ours)
-            yield their, [layers[name] for name in ours], worn
+            yield their, worn[0], [(layers[name], found.get(name)) for name in ours]
     if left:
         raise ValueError(f"export_peft: PEFT cannot adapt a layer {min(left)} of {family}")
 
@@ -174,16 +172,18 @@ def _ratio(new, old, rslora):
     return (new / old) ** (0.5 if rslora else 1)
 
 
-def _factors(layer, w):
-    """A and B of the update on the whole base: PiSSA's is what it has less what it began with."""
+def _factors(layer, w, lead):
+    """A and B, for the scaling of `lead`, of the update on the whole base.
+
+    PiSSA's is what it has less what it began with.
+    """
     if w is None:
         return np.zeros((0, layer.d_in)), np.zeros((layer.d_out, 0))
-    if not isinstance(w, PiSSA):
-        return w.A.data, w.B.data
-    u, s, vt = np.linalg.svd(w.base.dense() - w.residual.data, full_matrices=False)
-    root = np.sqrt(s[: w.r] / w.scaling)
-    a, b = root[:, None] * vt[: w.r], u[:, : w.r] * root  # (r, d_in), (d_out, r)
-    return np.concatenate([w.A.data, a]), np.concatenate([w.B.data, -b], axis=1)
+    a, b = w.A.data, w.B.data
+    if isinstance(w, PiSSA):
+        left, right = truncated_svd(w.base.dense() - w.residual.data, w.r)  # (d_out, r), (r, d_in)
+        a, b = np.concatenate([a, right]), np.concatenate([b, left / -w.scaling], axis=1)
+    return a, b * (w.scaling / lead.scaling)
 
 
 def _lora_out(model, found, family):
@@ -192,25 +192,18 @@ def _lora_out(model, found, family):
     if len(dropouts) > 1 or len(kinds) > 1:
         raise ValueError("export_peft: layers differ in dropout or rslora; PEFT has one for all")
     arrays, ranks, alphas = {}, {}, {}
-    for their, layers, worn in _stacked(model, found, family):
-        lead = next(w for w in worn if w is not None)
-        pairs = [_factors(*both) for both in zip(layers, worn, strict=True)]
-        ends, scales = (
-            accumulate(len(a) for a, _ in pairs),
-            [getattr(w, "scaling", 1) for w in worn],
-        )
-        own = {"A": np.concatenate([a for a, _ in pairs])}  # (Σ r, d_in)
-        r, dtype, name = len(own["A"]), lead.A.dtype, f"{BASE}{their}.lora_"
-        own["B"] = np.concatenate(  # (Σ d_out, Σ r): a block for each of ours, down the diagonal
-            [
-                np.pad(b * (scale / lead.scaling), ((0, 0), (end - b.shape[1], r - end)))
-                for (_, b), scale, end in zip(pairs, scales, ends, strict=True)
-            ]
-        )
+    for their, lead, layers in _stacked(model, found, family):
+        pairs = [_factors(layer, w, lead) for layer, w in layers]
+        stacked, name = np.concatenate([a for a, _ in pairs]), f"{BASE}{their}.lora_"  # (Σ r, d_in)
+        r, dtype, end, rows = len(stacked), lead.A.dtype, 0, []
+        for _, b in pairs:  # (Σ d_out, Σ r): a block for each of ours, down the diagonal
+            rows += [np.pad(b, ((0, 0), (end, r - end - b.shape[1])))]
+            end += b.shape[1]
+        own = {"A": stacked, "B": np.concatenate(rows)}
         form = "embedding_{}" if isinstance(lead, LoRAEmbedding) else "{}.weight"
         arrays |= {name + form.format(x): own[x].astype(dtype) for x in own}
         if isinstance(lead, DoRA):
-            arrays[f"{name}magnitude_vector"] = np.concatenate(list(map(_lengths, layers, worn)))
+            arrays[f"{name}magnitude_vector"] = np.concatenate([_lengths(*each) for each in layers])
         ranks[their], alphas[their] = r, lead.alpha * _ratio(r, lead.r, rslora)
     r, alpha = mode(ranks.values()), mode(alphas.values())
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(ranks)}
@@ -230,15 +223,14 @@ def _lengths(layer, w):
 
 def _ia3_out(model, found, family):
     arrays, targets = {}, {"out": [], "in": []}
-    for their, layers, worn in _stacked(model, found, family):
-        side = next(w for w in worn if w is not None).side
-        if len({getattr(w, "side", "out") for w in worn}) > 1 or (side == "in" and len(worn) > 1):
+    for their, lead, layers in _stacked(model, found, family):
+        sides = {getattr(w, "side", "out") for _, w in layers}
+        if sides != {"out"} and len(layers) > 1:
             raise ValueError(f"export_peft: {their} holds three layers; its inputs have one scale")
-        ones = [np.ones(layer.d_out, layer.dense().dtype) for layer in layers]
-        scales = [one if w is None else w.scale.data for one, w in zip(ones, worn, strict=True)]
-        scale = np.concatenate(scales)[:, None]  # (d, 1)
-        arrays[f"{BASE}{their}.ia3_l"] = scale.T if side == "in" else scale
-        targets[side].append(their)
+        scales = [np.ones(layer.d_out) if w is None else w.scale.data for layer, w in layers]
+        scale = np.concatenate(scales).astype(lead.scale.dtype)[:, None]  # (d, 1)
+        arrays[f"{BASE}{their}.ia3_l"] = scale.T if lead.side == "in" else scale
+        targets[lead.side].append(their)
     config = {"peft_type": "IA3", "target_modules": targets["out"] + targets["in"]}
     config |= {"feedforward_modules": targets["in"], "init_ia3_weights": True}
     return config | {"fan_in_fan_out": family == "gpt2"}, arrays
@@ -249,10 +241,8 @@ def _virtual_out(model, found):
     w, attn = own[0], getattr(model.blocks[0].attn, "base", model.blocks[0].attn)
     moves = (w.m if isinstance(w, Prompt) else 0) - getattr(found.get("positions"), "m", 0)
     if model.positions is not None and moves != w.m:
-        raise ValueError(
-            f"export_peft: in PEFT the tokens move on by {w.m} positions; here they stay, and "
-            "were trained so; only what `import_peft` read moves them and can go out"
-        )
+        why = "here they stay, unless `import_peft` moved them"
+        raise ValueError(f"export_peft: in PEFT the tokens move on by {w.m} positions; {why}")
     wide = attn.k.d_out  # narrower where heads share their keys
     config = {"num_virtual_tokens": w.m, "num_layers": len(model.blocks)}
     config |= {"num_transformer_submodules": 1, "num_attention_heads": attn.n_head}
@@ -302,9 +292,7 @@ def import_peft(model, folder):
         for key, value in config.items():
             if key not in KNOWN and value not in (None, False, {}, []):
                 raise ValueError(f"{key} is {value!r}, which minilora has no form for")
-        for key, usual in {"bias": "none", "num_transformer_submodules": 1}.items():
-            if config.get(key) not in (usual, None):
-                raise ValueError(f"{key} is {config[key]!r}; expected {usual!r}")
+        expect(config, {"bias": "none", "num_transformer_submodules": 1})
         kind = config.get("peft_type")
         if kind not in READERS or not arrays:
             known = ", ".join(READERS)
@@ -324,10 +312,8 @@ def _read(model, arrays):
             raise ValueError(f"{key}: no layer here has a place for it")
         their, part = known[1], PARTS[known[2]]
         if part == "table":
-            table, here = a, modules[places[their][0]].dense()
-            if table.shape != here.shape or np.linalg.norm(table - here) > 0.01 * np.linalg.norm(
-                here
-            ):
+            here = modules[places[their][0]].dense()
+            if a.shape != here.shape or not np.linalg.norm(a - here) <= 0.01 * np.linalg.norm(here):
                 raise ValueError(f"{their}: the file has its own table, and not that of this base")
         else:
             found.setdefault(their, {})[part] = a
@@ -381,11 +367,10 @@ def _lora_in(model, config, arrays):
 def _ia3_in(model, config, arrays):
     fresh, found = {}, {}
     for _, layers, own in _read(model, arrays):
-        scale = own["scale"]
-        out = scale.shape[0] > 1
-        parts = _parted(scale[:, 0], layers) if out else [scale[0]] * len(layers)
+        scale, side = own["scale"], "out" if len(own["scale"]) > 1 else "in"
+        parts = _parted(scale[:, 0], layers) if side == "out" else [scale[0]] * len(layers)
         for (name, layer), part in zip(layers.items(), parts, strict=True):
-            fresh[name], found[f"{name}.scale"] = IA3(layer, "out" if out else "in"), part
+            fresh[name], found[f"{name}.scale"] = IA3(layer, side), part
     return fresh, found
 
 

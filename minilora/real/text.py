@@ -73,7 +73,7 @@ class Tokenizer:
             asked = self.chat(question)
             rows.append((asked, self.encode(answer, special=False) + self.stop[:1]))
         longest = max(len(asked) + len(answer) for asked, answer in rows)
-        inputs, targets = np.zeros((len(rows), longest - 1), int), None
+        inputs = np.zeros((len(rows), longest - 1), int)
         targets = np.full_like(inputs, ignore)
         for i, (asked, answer) in enumerate(rows):
             row = asked + answer
@@ -100,15 +100,13 @@ def from_folder(path):
         if (path / name).exists():
             config |= json.loads((path / name).read_text("utf-8"))
             ends += np.atleast_1d(config.get("eos_token_id") or []).tolist()
-    names = {}
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        names[name] = token.get("content") if isinstance(token, dict) else token or ""
-    if core.token_to_id(names["eos_token"] or "") is not None:
+    names = {name: config.get(name) or "" for name in ("bos_token", "eos_token")}
+    names = {n: t["content"] if isinstance(t, dict) else t for n, t in names.items()}
+    if core.token_to_id(names["eos_token"]) is not None:
         ends.insert(0, core.token_to_id(names["eos_token"]))
     template, beside = config.get("chat_template"), path / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
+        template = {t["name"]: t["template"] for t in template}.get("default")
     if beside.exists():
         template = beside.read_text("utf-8")
     return Tokenizer(core, dict.fromkeys(ends), template, names)
@@ -117,13 +115,8 @@ def from_folder(path):
 # How the text is cut before pairs are merged, by the name that llama.cpp gives it.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _APOSTROPHE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_CUTS = {
-    "llama-bpe": _APOSTROPHE + _WORDS % "{1,3}",
-    "qwen2": _APOSTROPHE + _WORDS % "",
-    "gpt-2": None,
-    "default": None,
-    "smollm": "digits",
-}
+_CUTS = {"llama-bpe": _APOSTROPHE + _WORDS % "{1,3}", "qwen2": _APOSTROPHE + _WORDS % ""}
+_CUTS |= {"gpt-2": None, "default": None, "smollm": None}  # as ByteLevel has it
 
 
 def from_gguf(fields):
@@ -136,18 +129,16 @@ def from_gguf(fields):
 
     kind, pre = field("model"), field("pre", "default")
     if kind != "gpt2" or pre not in _CUTS:
-        known = ", ".join(_CUTS)
-        raise ValueError(
-            f"its tokenizer is {kind!r}, cut by {pre!r}; expected 'gpt2', cut by {known}"
-        )
+        known = f"'gpt2', cut by {', '.join(_CUTS)}"
+        raise ValueError(f"its tokenizer is {kind!r}, cut by {pre!r}; expected {known}")
     tokens, cut = field("tokens"), _CUTS[pre]
     merges = [tuple(pair.split(" ")) for pair in field("merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     core = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut in (None, "digits"))]
-    if cut == "digits":
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)]
+    if pre == "smollm":
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    elif cut:
+    if cut:
         steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(cut), "isolated"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     if pre == "qwen2":
@@ -158,9 +149,10 @@ def from_gguf(fields):
     ends = [field(f"{name}_token_id") for name in ("eos", "eot")]
     names = {f"{n}_token": tokens[field(f"{n}_token_id", 0)] for n in ("bos", "eos")}
     if field("add_bos_token", False):
-        core.post_processor = tokenizers.processors.TemplateProcessing(
-            single="{bos} $A".format(bos=names["bos_token"]),
-            special_tokens=[(names["bos_token"], field("bos_token_id"))],
+        bos = names["bos_token"], field("bos_token_id")
+        before = tokenizers.processors.TemplateProcessing(
+            single=f"{bos[0]} $A", special_tokens=[bos]
         )
+        core.post_processor = before
     template = fields.get("tokenizer.chat_template")
     return Tokenizer(core, [i for i in ends if i is not None], template, names)
