@@ -66,12 +66,13 @@ class Notebook(IPyNbFile):
 
 
 def lacks_its_model(path):
-    """Whether a notebook is one of part V, about a real model, and there is no model here."""
+    """Whether a notebook is one of part V, about a real model, and its model is not here."""
     if not (path.suffix == ".ipynb" and "23" <= path.name[:2] <= "27"):
         return False
-    from minilora.real.__main__ import find_model  # here, for it loads NumPy
+    from minilora.real import __main__ as real  # here, for it loads NumPy
 
-    return find_model() is None
+    package = real.ENCODER if path.name[:2] == "27" else real.PACKAGE
+    return real.find_model(package) is None
 
 
 def pytest_ignore_collect(collection_path):

@@ -53,13 +53,28 @@ def broken(nb):
     return [f"{found} ({rule.__doc__})" for rule in rules for found in rule(nb)]
 
 
-def test_a_notebook_about_a_real_model_is_left_out_where_there_is_none(monkeypatch):
-    paths = [ROOT / "notebooks" / f"{n}_a.ipynb" for n in (22, 23, 27, 28)]
-    monkeypatch.setattr(real, "PACKAGE", "there_is_no_such_package")
-    assert [plugin.lacks_its_model(path) for path in paths] == [False, True, True, False]
-    assert [plugin.pytest_ignore_collect(path) for path in paths] == [None, True, True, None]
-    monkeypatch.setattr(real, "find_model", lambda: paths[0])
-    assert not any(map(plugin.lacks_its_model, paths))
+def test_a_notebook_about_a_real_model_is_left_out_where_its_own_is_not(monkeypatch):
+    paths = [ROOT / "notebooks" / f"{n}_a.ipynb" for n in (22, 23, 26, 27, 28)]
+    for here, missing in (
+        ((), [False, True, True, True, False]),
+        ((real.PACKAGE,), [False, False, False, True, False]),
+        ((real.ENCODER,), [False, True, True, False, False]),
+        ((real.PACKAGE, real.ENCODER), [False] * 5),
+    ):
+        monkeypatch.setattr(real, "find_model", lambda package, here=here: package in here or None)
+        assert [plugin.lacks_its_model(path) for path in paths] == missing
+        assert [plugin.pytest_ignore_collect(path) or False for path in paths] == missing
+
+
+def test_a_model_is_found_in_its_package_as_a_file_or_as_a_folder(tmp_path, monkeypatch):
+    for package, inside in (("speaks", "a.gguf"), ("reads", "model/config.json"), ("none", "a")):
+        file = tmp_path / package / inside
+        file.parent.mkdir(parents=True)
+        file.touch()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [real.find_model(name) for name in ("speaks", "reads", "none", "not_there")]
+    assert found == [tmp_path / "speaks" / "a.gguf", tmp_path / "reads" / "model", None, None]
 
 
 # --- the rules can fail: each is shown small notebooks that it must refuse --------------------

@@ -19,6 +19,7 @@ from minilora import (
 from minilora.io import DATA
 
 MADE = pretrain.FILES[:-1]  # all but the checksums
+BESIDE = ["compare.json", "sentences.json", "voices.json"]  # what another hand made
 HISTORY = json.loads((DATA / "history.json").read_text(encoding="utf-8"))
 
 
@@ -29,14 +30,14 @@ def sums(folder):
 
 
 def test_the_checksums_are_those_of_the_files():
-    assert list(sums(DATA)) == sorted([*MADE, "compare.json", "voices.json"])
+    assert list(sums(DATA)) == sorted([*MADE, *BESIDE])
     for name, digest in sums(DATA).items():
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest
 
 
 def test_the_data_are_small_and_nothing_else_is_there():
     files = {p.name: p.stat().st_size for p in DATA.iterdir() if p.name[0] != "."}
-    assert files.keys() == {*MADE, "compare.json", "voices.json", "SHA256SUMS", "README.md"}
+    assert files.keys() == {*MADE, *BESIDE, "SHA256SUMS", "README.md"}
     assert sum(files.values()) < 1.5e6
 
 
@@ -47,6 +48,20 @@ def test_the_evaluation_sets_come_out_the_same():
     for task in tasks.TASKS:
         assert made[task].dtype == np.uint8 and made[task].shape == (500, 18)
         np.testing.assert_array_equal(stored[task], made[task])
+
+
+def test_the_sentences_are_as_the_data_card_says():
+    stored = json.loads((DATA / "sentences.json").read_text("utf-8"))
+    assert "MIT" in stored["licence"] and "C.J. Hutto" in stored["licence"]
+    parts = {"train": 300, "validation": 200, "test": 500}
+    rows = [row for part in parts for row in stored[part]]
+    assert len({text.lower() for text, _ in rows}) == len(rows) == 1000
+    assert all(1 <= abs(rating) <= 4 and text.isascii() for text, rating in rows)
+    for part, size in parts.items():
+        assert sum(rating > 0 for _, rating in stored[part]) * 2 == len(stored[part]) == size
+    assert stored["search"].keys() == stored["runs"].keys()
+    for runs in stored["runs"].values():
+        assert len(runs) == 5 and all(len(run) == 500 and set(run) == set("+-") for run in runs)
 
 
 def test_the_recipe_that_was_used_is_the_one_in_the_code():

