@@ -2,8 +2,8 @@
 
 A line for each case, with the largest difference of outputs over the largest output: out (we
 write, PEFT reads; and we read again), back (PEFT writes, we read; and we write again, PEFT reads),
-and twenty steps of AdamW on both sides from one file. Exit code 1 if one is above 1e-5 in float32
-or 1e-10 in float64.
+and twenty steps of AdamW on both sides from one file. Last, three voices on SmolLM2: swapped, in
+one batch, mixed. Exit code 1 if one is above 1e-5 in float32 or 1e-10 in float64.
 """
 
 import sys
@@ -17,12 +17,15 @@ import transformers
 import minilora as ml
 from helpers import biased, logits, rng, shake
 from minilora.real import export_peft, import_peft, open_model, save_pretrained
+from minilora.real.__main__ import find_model
+from minilora.real.__main__ import voices as stored
 from real_oracle import FAMILIES, tokenizer_file
 
 SIZES = {"vocab_size": 97, "n_positions": 16, "n_embd": 16, "n_head": 2, "n_layer": 2}
 IDS = rng(3).integers(1, 97, size=(3, 9))
 LIMITS = {"float32": 1e-5, "float64": 1e-10}
 KINDS = "opt", "gpt2", "llama 3", "qwen3", "bert"
+VOICES = "voices"  # on the command line, as a kind is
 ROTARY = "llama 3", "qwen3"  # transformers norms and turns in float32, whatever the model's dtype
 
 
@@ -69,12 +72,12 @@ def wrapped(theirs, folder, trainable=False):
     return found
 
 
-def answer(theirs):
-    """What the other side gives for IDS: logits, but none for a prompt; BERT's mean state."""
+def answer(theirs, ids=IDS, **more):
+    """What the other side gives for ids: logits, but none for a prompt; BERT's mean state."""
     with torch.no_grad():
-        found = theirs(input_ids=torch.tensor(IDS))
+        found = theirs(input_ids=torch.tensor(ids), **more)
         if hasattr(found, "logits"):
-            return found.logits[:, -IDS.shape[1] :].numpy()
+            return found.logits[:, -ids.shape[1] :].numpy()
         return found.last_hidden_state.mean(1).numpy()
 
 
@@ -222,6 +225,60 @@ def steps(kind, dtype, recipe, n=20):
     return gap(losses[:, 0], losses[:, 1]), gap(logits(model, IDS), answer(theirs))
 
 
+# ------------------------------------------------------------------ three voices
+
+
+def voices():
+    """SmolLM2 with three voices in PEFT: yields what was compared, and how far apart it is."""
+    path = find_model()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    model, tokenizer = open_model(path, packed=False)
+    ids = np.array([tokenizer.chat("What is a guitar?")])  # (1, T)
+    ours, adapters = {None: logits(model, ids)}, {}
+    yield "base", gap(ours[None], answer(theirs, ids))
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (name, pairs) in enumerate(stored()["voices"].items()):
+            batch, at = tokenizer.pairs(pairs["train"][:3]), f"{folder}/{name}"
+            ml.lora(model, r=8, alpha=16, targets="blocks.*.attn.[qv]", rng=rng(seed))
+            ml.fit(model, lambda _, batch=batch: batch, steps=4, lr=1e-2, progress=False)
+            ours[name] = logits(model, ids)
+            export_peft(model, at)
+            adapters[name] = ml.detach(model)
+            if len(adapters) == 1:
+                theirs = peft.PeftModel.from_pretrained(theirs, at, adapter_name=name).eval()
+            else:
+                theirs.load_adapter(at, adapter_name=name)
+        names = list(adapters)
+        assert min(gap(ours[a], ours[b]) for a in ours for b in ours if a != b) > 0.05
+
+        for name in [*names, names[0]]:  # back to the first at the end
+            theirs.set_adapter(name)
+            yield f"set_adapter({name})", gap(answer(theirs, ids), ours[name])
+        with theirs.disable_adapter():
+            yield "disable_adapter", gap(answer(theirs, ids), ours[None])
+
+        rows, four = [*names, None], np.repeat(ids, 4, axis=0)  # (4, T)
+        ml.many(model, adapters)
+        with ml.choose(model, rows):
+            together = logits(model, four)
+        ml.detach(model)
+        chosen = [name or "__base__" for name in rows]
+        yield "a batch", gap(answer(theirs, four, adapter_names=chosen), together)
+        yield "each alone", gap(np.concatenate([ours[name] for name in rows]), together)
+
+        theirs.add_weighted_adapter(names, [1 / 3] * 3, "mix", combination_type="cat")
+        theirs.set_adapter("mix")
+        ml.attach(model, ml.combine(adapters.values(), [1 / 3] * 3))
+        mixed = logits(model, ids)
+        ml.detach(model)
+        yield "a mix", gap(answer(theirs, ids), mixed)
+        theirs.save_pretrained(folder, selected_adapters=["mix"])
+        yield "a mix, back", gap(logits(import_peft(model, f"{folder}/mix"), ids), mixed)
+
+
 def main(kinds):
     """Every case of these kinds; returns the exit code."""
     transformers.logging.set_verbosity_error()
@@ -238,7 +295,7 @@ def main(kinds):
         )
 
     for dtype in LIMITS:
-        for kind in kinds:
+        for kind in [kind for kind in kinds if kind != VOICES]:
             if dtype == "float64" and kind in ROTARY:
                 continue
             model, theirs = pair(kind, dtype)
@@ -252,9 +309,12 @@ def main(kinds):
                 tell(dtype, f"{kind} back: {name}", *back(kind, dtype, config))
             for name in {"opt": ("lora", "dora"), "llama 3": ("lora",)}.get(kind, ()):
                 tell(dtype, f"{kind} twenty steps: {name}", *steps(kind, dtype, OUT[name]))
+    if VOICES in kinds:
+        for what, far in voices():
+            tell("float32", f"SmolLM2: {what}", far)
     print(f"peft {peft.__version__}, transformers {transformers.__version__}: {len(bad)} too far")
     return int(bool(bad))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or KINDS))
+    sys.exit(main(sys.argv[1:] or (*KINDS, VOICES)))
