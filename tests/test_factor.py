@@ -1,5 +1,6 @@
 """Approximation: the theorems to rounding, layers that stand for others, what is refused."""
 
+import tracemalloc
 from math import prod
 
 import numpy as np
@@ -404,6 +405,17 @@ def test_a_bypass_goes_on_top_and_merges_into_a_plain_layer(recipe):
     assert type(model.blocks[0].attn.q) is Linear
     assert isinstance(model.blocks[0].attn.k, (LowRankLinear, TuckerLinear))
     np.testing.assert_allclose(logits(model), wanted, atol=1e-12)
+
+
+def test_to_observe_takes_little_more_memory_than_what_it_returns():
+    model = small(n_embd=64)
+    observe(model, IDS)  # whatever is allocated once is allocated now
+    tracemalloc.start()
+    try:
+        returned = sum(gram.nbytes for gram in observe(model, IDS).values())
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * returned  # two sets would be 2
+    finally:
+        tracemalloc.stop()
 
 
 @both
