@@ -154,7 +154,7 @@ def validation_set(task):
 FEW = [("full", "its own"), ("lora", "small"), ("lora", "medium"), ("adapter", "medium")]
 FEW += [("bitfit", "its own"), ("token row", "its own")]
 EXAMPLES = (8, 32, 128, 512)
-KINDS = "lora", "adapter", "parallel", "prefix"  # of those whose size is free
+SIZED = "lora", "adapter"  # beside and in series
 
 
 def middle(rows):
@@ -176,8 +176,8 @@ def longer(rows):
 
 
 def others(rows):
-    """The small and the large budget, a method of each kind, on a task of each distance."""
-    usual = [m for m in METHODS if m in KINDS]
+    """The small and the large budget, for two methods, on a task of each distance."""
+    usual = [m for m in METHODS if m in SIZED]
     ends = [(m, budget) for m in usual for budget, _ in points(m) if budget not in MIDDLE]
     return [Setting(task, *at, 0, STEPS) for task in FIRST for at in ends]
 
