@@ -54,10 +54,9 @@ class Prediction:
         first = _keep(self.what, self.guess)
         now = "" if first == self.guess else f" at first (now {_told(self.guess)})"
         said, shown = _told(first), _shown(result, digits)
-        same = first == result or said.strip().lower() == _told(result).lower()
-        off = _off(first, result)  # of numbers, those that are printed alike are the same
-        same = same or (off and isinstance(result, float) and number(float(first), digits) == shown)
-        found = "as it is" if same else f"it is {shown}{off}"
+        printed = float(shown.replace(",", "")) if isinstance(result, float) else result
+        same = first in (result, printed) or said.strip().lower() == _told(result).lower()
+        found = "as it is" if same else f"it is {shown}{_off(first, result)}"
         print(f"{self.what}: predicted {said}{now}, {found}.")
 
     @staticmethod

@@ -360,7 +360,8 @@ def honest_time(nb):
     minutes = size(nb)[2]
     said = re.search(r"\*\*Time\.\*\* About (\d+) minutes to read and do", markdown(nb))
     if not said:
-        yield "write: **Time.** About N minutes to read and do, exercises apart, about S seconds to run."
+        said = "About N minutes to read and do, exercises apart, about S seconds to run."
+        yield f"write: **Time.** {said}"
     elif abs(int(said[1]) - minutes) > max(3, 0.15 * minutes):
         yield f"it says {said[1]} minutes, and takes about {minutes:.0f}"
 

@@ -102,6 +102,8 @@ def test_a_prediction_waits_and_gives_nothing_away(says):
         (4, 4.0, "predicted 4, as it is."),
         (0.25, 0.25004, "predicted 0.25, as it is."),
         (50, 50.004, "predicted 50, as it is."),
+        (1300, 1300.4, "predicted 1,300, as it is."),
+        (0.1235, 0.247, "predicted 0.1235, it is 0.247: 2 times too low."),  # a guess may be a tie
         (4, 1, "predicted 4, it is 1: 4 times too high."),
         (10, 104256, "predicted 10, it is 104,256: 1.04e+04 times too low."),
         (0.5, np.float32(0.4), "predicted 0.5, it is 0.400: too high by 25%."),
