@@ -162,10 +162,13 @@ def check_slides(context, url, names):
         scales = []
         for i in range(page.evaluate("Reveal.getTotalSlides()")):
             scale, bottom, right, text = page.evaluate(
-                """() => {
-                const s = Reveal.getCurrentSlide(), z = +s.dataset.scale;
+                """i => {
+                const s = Reveal.getSlides()[i], {h, v} = Reveal.getIndices(s);
+                Reveal.slide(h, v);
+                const z = +s.dataset.scale;
                 return [z, s.scrollHeight * z, s.scrollWidth * z, s.innerText.trim().slice(0, 40)];
-                }"""
+                }""",
+                i,
             )
             scales.append(scale)
             if bottom > 720 or right > 1281:
@@ -174,7 +177,6 @@ def check_slides(context, url, names):
                 )
             if scale < SMALLEST:
                 wrong(f"slides/{name}", f"slide {i + 1} is drawn at {scale}: {text!r}")
-            page.evaluate("Reveal.next()")
         told(f"slides {name}: {len(scales)}, the smallest at {min(scales):.2f}")
         page.close()
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import html
+import itertools
 import math
 import re
 
@@ -13,13 +14,7 @@ from nbconvert import SlidesExporter
 from traitlets.config import Config
 
 ROOM = 620  # pixels of height that a slide has below its margin, of 720
-LEFT_OUT = re.compile(r"#+ (Exercise|Where the paper)")
 FOLDED = re.compile(r"<details.*?</details>", re.S)
-
-
-def tagged(nb):
-    """Whether somebody has chosen by hand what a slide is."""
-    return any(cell.metadata.get("slideshow", {}).get("slide_type") for cell in nb.cells)
 
 
 def picture(output):
@@ -40,65 +35,85 @@ def alt(output):
 
 
 def height(cell):
-    """About how many pixels a cell takes, and of these its outputs."""
+    """About how many pixels a cell takes."""
     if cell.cell_type != "code":
         lines = [line for line in cell.source.split("\n") if line.strip()]
-        text = sum(math.ceil(len(line) / 105) for line in lines) * 33 + 16 * cell.source.count(
-            "\n\n"
-        )
-        return text + 60 * cell.source.count("$$") // 2, 0
-    below = 0
+        rows = sum(math.ceil(len(line) / 105) for line in lines)
+        return 33 * rows + 16 * (cell.source.count("\n\n") + 1) + 30 * cell.source.count("$$")
+    pixels = 0 if folded(cell) else 24 * (cell.source.count("\n") + 1) + 24
     for output in cell.outputs:
         text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
-        below += 500 if picture(output) else 22 * (text.count("\n") + 1)
-    return 22 * (cell.source.count("\n") + 1) + 16 + below, below
+        drawn = picture(output) or "text/html" in output.get("data", {})
+        pixels += 540 if drawn else 24 * (text.count("\n") + 1)
+    return pixels
+
+
+def folded(cell):
+    """Whether only what a code cell puts out is shown."""
+    return "hide-input" in cell.metadata.get("tags", ())
 
 
 def pieces(cell):
-    """A cell as parts that may stand on different slides: paragraphs, code, outputs."""
+    """A cell as parts that may stand on different slides: paragraphs; code and its outputs."""
     if cell.cell_type != "code":
         fences = re.split(
             r"(^```.*?^```$|^\$\$.*?\$\$)", FOLDED.sub("", cell.source), flags=re.M | re.S
         )
         for i, part in enumerate(fences):
             for text in [part] if i % 2 else re.split(r"\n\n+", part):
-                # a heading has its own part, since it starts a slide
-                for line in re.split(r"(?m)^(#{1,3} .*)$", text):
-                    if line.strip():
-                        yield nbformat.v4.new_markdown_cell(line.strip())
-        return
-    total, below = height(cell)
-    if total <= ROOM or not below:
+                if text.strip():
+                    yield nbformat.v4.new_markdown_cell(text.strip())
+    elif folded(cell) or not cell.outputs or height(cell) <= ROOM:
         yield cell
-        return
-    code, found = copy.deepcopy(cell), copy.deepcopy(cell)
-    code.outputs, found.metadata["tags"] = [], ["hide-input"]
-    yield code
-    yield found
+    else:
+        code, found = copy.deepcopy(cell), copy.deepcopy(cell)
+        code.outputs, found.metadata["tags"] = [], ["hide-input"]
+        yield from (code, found)
+
+
+def kind_of(cell):
+    """What the master says that a cell is in the slides."""
+    return cell.metadata.get("slideshow", {}).get("slide_type")
 
 
 def cut(nb):
-    """A copy in which each heading starts a slide, and what has no room on it the next."""
-    made, room, skipping, title = nbformat.v4.new_notebook(metadata=nb.metadata), 0, False, None
-    for part in (part for cell in nb.cells for part in pieces(cell)):
-        heading = part.cell_type == "markdown" and part.source.startswith("#")
-        if heading:
-            skipping = bool(LEFT_OUT.match(part.source))
-        if skipping or part.source.lstrip().startswith("<"):
+    """A copy in which what has no room on a section's slide goes on below it, under its heading.
+
+    The masters say where a slide begins, what is shown step by step and what is left out. The
+    speaker notes of a section come with each of its slides.
+    """
+    made = nbformat.v4.new_notebook(metadata=nb.metadata)
+    title = notes = None
+
+    def add(cell, kind):
+        made.cells.append(copy.deepcopy(cell))
+        made.cells[-1].metadata["slideshow"] = {"slide_type": kind}
+
+    def begin(heading, kind):
+        add(heading, kind)
+        if notes:
+            add(notes, "notes")
+
+    room, bare = ROOM, True  # bare: nothing but its heading is on the slide
+    for cell, after in itertools.zip_longest(nb.cells, nb.cells[1:]):
+        kind = kind_of(cell)
+        if kind in ("skip", "notes"):
             continue
-        needs = (
-            height(part)[1] if "hide-input" in part.metadata.get("tags", ()) else height(part)[0]
-        )
-        kind = "slide" if heading or needs > room else "-"
-        if kind == "slide":
-            # two headings in a row share a slide
-            if heading and title is made.cells[-1:] and title:
-                kind = "-"
+        for part in pieces(cell):
+            if kind == "slide":
+                heading = part.source.partition("\n")[0].lstrip("# ")
+                title = nbformat.v4.new_markdown_cell(f"###### {heading}")
+                notes = after if after and kind_of(after) == "notes" else None
+                begin(part, "slide")
+                room, bare = ROOM, "\n" not in part.source
             else:
-                room = ROOM
-        room -= needs
-        part.metadata["slideshow"] = {"slide_type": kind}
-        made.cells.append(part)
+                if kind == "subslide" or height(part) > room and not bare:
+                    begin(title, "subslide")
+                    room, kind = ROOM - height(title), "-"
+                add(part, kind)
+                bare = False
+            room -= height(part)
+            kind = "-"
     return made
 
 
@@ -120,7 +135,7 @@ def slides(nb, title, template):
     Args:
         nb: a notebook with its outputs. title: of the page. template: the folder of ours.
     """
-    nb = copy.deepcopy(nb) if tagged(nb) else cut(nb)
+    nb = cut(nb)
     nb.metadata["title"] = title
     for i, cell in enumerate(nb.cells):
         cell.id = f"s{i}"
