@@ -273,6 +273,21 @@ def fetch(name, runtime, target, sha256=None):
     (target / name).write_bytes(data)
 
 
+def products(folder):
+    """A copy of the package of matrix products, compiled; Zig is the compiler that pip brings."""
+    shutil.copytree(HERE / "gemm", folder)
+    zig = (sys.executable, "-m", "ziglang")
+    run(
+        *zig, "cc", "-target", "wasm32-emscripten", "-O3", "-msimd128", "-fPIC", "-c", "gemm.c",
+        cwd=folder,
+    )  # fmt: skip
+    run(
+        *zig, "wasm-ld", "-shared", "--experimental-pic", "--no-entry", "gemm.o",
+        "-o", "minilora_gemm/gemm.so", cwd=folder,
+    )  # fmt: skip
+    return folder
+
+
 def pyodide(target, work, runtime):
     """The Python of the browser with what notebooks import, minilora's own wheel among it."""
     target.mkdir(parents=True)
@@ -294,15 +309,23 @@ def pyodide(target, work, runtime):
             waiting.extend(found["depends"])
             fetch(found["file_name"], runtime, target, found["sha256"])
     wheels = work / "wheels"
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, ROOT, "comm", "tqdm")
+    run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels,
+        ROOT, products(work / "gemm"), "comm", "tqdm",
+    )  # fmt: skip
     shutil.rmtree(ROOT / "build", ignore_errors=True)  # what setuptools leaves
+    needs = {
+        "minilora": ["numpy", "matplotlib", "tqdm", "minilora-gemm"],
+        "minilora-gemm": ["numpy"],
+    }
     for wheel in sorted(wheels.glob("*.whl")):
-        name, version = wheel.name.split("-")[:2]
+        module, version = wheel.name.split("-")[:2]
+        name = module.replace("_", "-")
         packages[name] = {
             "name": name, "version": version, "file_name": wheel.name, "install_dir": "site",
             "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(), "package_type": "package",
-            "imports": [name], "unvendored_tests": False,
-            "depends": ["numpy", "matplotlib", "tqdm"] if name == "minilora" else [],
+            "imports": [module], "unvendored_tests": False,
+            "depends": needs.get(name, []),
         }  # fmt: skip
         shutil.copy(wheel, target)
     lock["packages"] = packages

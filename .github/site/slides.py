@@ -107,7 +107,7 @@ def cut(nb):
                 begin(part, "slide")
                 room, bare = ROOM, "\n" not in part.source
             else:
-                if kind == "subslide" or height(part) > room and not bare:
+                if kind == "subslide" or (height(part) > room and not bare):
                     begin(title, "subslide")
                     room, kind = ROOM - height(title), "-"
                 add(part, kind)

@@ -1,13 +1,17 @@
 """Arithmetic, shapes and matrix products, and the helpers that every primitive uses."""
 
 import builtins
-import sys
 from contextvars import ContextVar
 from math import prod
 
 import numpy as np
 
 from ..tensor import Tensor, record, within
+
+try:  # the browser edition's own: NumPy has no BLAS there
+    from minilora_gemm import matmul as _matmul
+except ImportError:
+    _matmul = np.matmul
 
 # ------------------------------------------------------------------ helpers
 
@@ -66,10 +70,7 @@ def gemm(a, b):
     if log is not None:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         log.append((prod(batch), a.shape[-2], a.shape[-1], b.shape[-1]))
-    if sys.platform == "emscripten" and a.ndim == b.ndim == 2:
-        # a browser has no BLAS: its plain loop is fast only where rows and columns lie together
-        a, b = np.ascontiguousarray(a), np.asfortranarray(b)
-    return np.matmul(a, b)
+    return _matmul(a, b)
 
 
 def shape_error(op, a, b, expected):
