@@ -23,6 +23,9 @@ venvs=${MINILORA_VENVS:-$(mktemp -d)}
 python=$venvs/site/bin/python
 "$python" -m pip install -q -r .github/site/requirements.txt numpy matplotlib tqdm ||
     lacking "the packages of .github/site/requirements.txt cannot be installed"
+[ -d .github/site/node_modules ] ||
+    npm install --silent --no-audit --no-fund --no-package-lock --prefix .github/site ||
+    lacking "what .github/site/package.json names cannot be installed"
 if ! command -v chromium >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq && apt-get install -y -qq chromium >/dev/null

@@ -13,7 +13,7 @@ import nbformat
 from nbconvert import SlidesExporter
 from traitlets.config import Config
 
-ROOM = 620  # pixels of height that a slide has below its margin, of 720
+ROOM = 670  # pixels of height that a slide has below its margin, of 720
 FOLDED = re.compile(r"<details.*?</details>", re.S)
 
 
