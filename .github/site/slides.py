@@ -43,8 +43,12 @@ def height(cell):
     pixels = 0 if folded(cell) else 24 * (cell.source.count("\n") + 1) + 24
     for output in cell.outputs:
         text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
-        drawn = picture(output) or "text/html" in output.get("data", {})
-        pixels += 540 if drawn else 24 * (text.count("\n") + 1)
+        if picture(output):
+            pixels += 470  # slides.css keeps 440, so that what is said of it has room below
+        elif "text/html" in output.get("data", {}):
+            pixels += 600  # a stepper
+        else:
+            pixels += 24 * (text.count("\n") + 1)
     return pixels
 
 
