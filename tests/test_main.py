@@ -89,6 +89,16 @@ def test_the_table_has_a_row_a_method(told, tmp_path):
     )
 
 
+def test_the_recording_in_the_readme_is_of_this_program(told):
+    """But for scores and times, which one step cannot have."""
+    recorded, found = (
+        rows(text, program.RATES) for text in ((ROOT / "README.md").read_text("utf-8"), told[1])
+    )
+    assert recorded.keys() == found.keys()
+    for name, row in found.items():
+        assert recorded[name][6:] == [*row[6:9], *row[10:]]
+
+
 def test_what_it_says_of_the_distances_is_true_of_its_table(told):
     found = rows(told[1], program.RATES)
     for i, task in enumerate(PLACES):

@@ -36,6 +36,7 @@ NEEDED = "ipython jedi matplotlib micropip numpy sqlite3 ssl".split()  # and wha
 HOME = "OWNER/minilora"  # as the notebooks' line on installing has it
 PARTS = {0: "The machine", 5: "LoRA", 12: "The other ways", 17: "Compression", 23: "The real thing"}
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION *\n?", re.M)
+ELSEWHERE = re.compile(r"\n+\[Colab\]\(.*\)$")  # a page has them in its row of links
 INSTALL = re.compile(r"try:\n    import minilora as ml\nexcept ImportError:.*", re.S)
 
 
@@ -100,7 +101,7 @@ def page(nb, name, repository, lite):
         if not INSTALL.fullmatch(cell.source.strip())
         and cell.metadata.get("slideshow", {}).get("slide_type") != "notes"
     ]
-    title, _, rest = nb.cells[0].source.partition("\n")
+    title, _, rest = ELSEWHERE.sub("", nb.cells[0].source).partition("\n")
     nb.cells[0].source = f"{title}\n\n{ways(name, repository, lite)}\n{rest}"
     for cell in nb.cells:
         if MARKER.search(cell.source):
@@ -230,6 +231,7 @@ def decks(out, notebooks):
     for name, nb in notebooks.items():
         title = nb.cells[0].source.partition("\n")[0].strip("# ")
         nb.cells = [c for c in nb.cells if not INSTALL.fullmatch(c.source.strip())]
+        nb.cells[0].source = ELSEWHERE.sub("", nb.cells[0].source)
         for cell in nb.cells:
             cell.source = MARKER.sub("", cell.source)
             cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](../\1.html)", cell.source)
@@ -257,7 +259,7 @@ def write_editions(folder, paths, repository):
         for path in paths:
             nb = getattr(editions, edition)(editions.read(path))
             text = json.dumps(nb, ensure_ascii=False, indent=1) + "\n"
-            text = text.replace(f"github.com/{HOME}", f"github.com/{repository}")
+            text = text.replace(HOME, repository)
             (folder / edition / path.name).write_text(text, "utf-8")
 
 
