@@ -111,12 +111,10 @@ def _off(guess, result):
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (guess, result)):
         return ""
     side = "high" if guess > result else "low"
-    if guess * result <= 0:
-        return f": too {side} by {abs(guess - result):,.3g}"
-    factor = max(guess / result, result / guess)
+    factor = max(guess / result, result / guess) if guess * result > 0 else 1
     if factor >= 2:
         return f": {factor:,.3g} times too {side}"
-    return f": too {side} by {abs(guess / result - 1):.0%}"
+    return f": too {side} by {abs(guess - result):,.3g}"
 
 
 def gap(mine, right, use, hint=""):

@@ -106,8 +106,8 @@ def test_a_prediction_waits_and_gives_nothing_away(says):
         (0.1235, 0.247, "predicted 0.1235, it is 0.247: 2 times too low."),  # a guess may be a tie
         (4, 1, "predicted 4, it is 1: 4 times too high."),
         (10, 104256, "predicted 10, it is 104,256: 1.04e+04 times too low."),
-        (0.5, np.float32(0.4), "predicted 0.5, it is 0.400: too high by 25%."),
-        (3, np.int64(4), "predicted 3, it is 4: too low by 25%."),
+        (0.5, np.float32(0.4), "predicted 0.5, it is 0.400: too high by 0.1."),
+        (3, np.int64(4), "predicted 3, it is 4: too low by 1."),
         (-1, 2, "predicted -1, it is 2: too low by 3."),
         (1, 0, "predicted 1, it is 0: too high by 1."),
         ("A", "B", "predicted A, it is B."),
