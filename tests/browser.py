@@ -190,6 +190,13 @@ STATE = """() => {
   return {cells, status: shown.sessionContext?.session?.kernel?.status ?? "none"};
 }"""
 READY = f"() => ({STATE})()?.status === 'idle'"
+PROGRESS = """() => {
+  const shown = window.jupyterapp.shell.currentWidget, model = shown.content.model;
+  const code = [...Array(model.cells.length).keys()].map(i => model.cells.get(i))
+    .filter(c => c.type === "code" && c.sharedModel.getSource().trim());
+  return {all: code.length, done: code.filter(c => c.executionCount).length,
+          status: shown.sessionContext?.session?.kernel?.status ?? "none"};
+}"""  # the whole state holds all pictures, and is asked for once
 PATIENCE = 900_000  # milliseconds; on a busy machine a start can take minutes
 
 
@@ -222,19 +229,15 @@ def wait_until_run(page, limit, start=None):
     seen, still = None, 0
     while (took := cpu(browser) - start) < limit:
         page.wait_for_timeout(1000)
-        state = page.evaluate(STATE)
-        code = [
-            c for c in state["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()
-        ]
-        done = sum(bool(c["execution_count"]) for c in code)
-        if state["status"] == "idle" and done == len(code):
+        now = page.evaluate(PROGRESS)
+        if now["status"] == "idle" and now["done"] == now["all"]:
             break
         # an error stops what comes after it
-        still = still + 1 if state["status"] == "idle" and done == seen else 0
-        seen = done
+        still = still + 1 if now["status"] == "idle" and now["done"] == seen else 0
+        seen = now["done"]
         if still == 30:
             break
-    return state, took
+    return page.evaluate(STATE), took
 
 
 def check_run(context, url, path, limit):

@@ -279,8 +279,12 @@ def memory(rows, unit="MB", title="Where the memory goes"):
     heads = "weights", "gradients", "optimiser state", "activations"
     looks = "frozen", "done", "lit", "data"
     top = max(max(row) for row in rows.values())
+
+    def digits(v):
+        return f"{v:,.3g}" if v < 1000 else f"{v:,.0f}"
+
     told = [
-        f"{name}: " + ", ".join(f"{h} {v:,.3g}" for h, v in zip(heads, row, strict=True))
+        f"{name}: " + ", ".join(f"{h} {digits(v)}" for h, v in zip(heads, row, strict=True))
         for name, row in rows.items()
     ]
     d = Drawing(title, f"Bars of memory in {unit}. {'; '.join(told)}.", 150 + 95 * len(rows))
@@ -293,8 +297,8 @@ def memory(rows, unit="MB", title="Where the memory goes"):
         for i, value in enumerate(row):
             if value:
                 d.box(230 + 230 * i, y, max(4, 200 * value / top), 44, look=looks[i])
-            d.text(230 + 230 * i, y + 64, f"{value:,.3g}", 22, "start")
-        d.text(1250, y + 22, f"{sum(row):,.3g}", 26, "end", bold=True)
+            d.text(230 + 230 * i, y + 64, digits(value), 22, "start")
+        d.text(1250, y + 22, digits(sum(row)), 26, "end", bold=True)
     return d
 
 
