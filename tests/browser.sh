@@ -21,6 +21,7 @@ venvs=${MINILORA_VENVS:-$(mktemp -d)}
 [ -n "${MINILORA_VENVS:-}" ] || trap 'rm -rf "$venvs"' EXIT
 [ -d "$venvs/site" ] || python3 -m venv "$venvs/site"
 python=$venvs/site/bin/python
+[ -d "$venvs/site/bin" ] || python=$venvs/site/Scripts/python # Windows
 "$python" -m pip install -q -r .github/site/requirements.txt numpy matplotlib tqdm ||
     lacking "the packages of .github/site/requirements.txt cannot be installed"
 [ -d .github/site/node_modules ] ||
