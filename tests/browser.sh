@@ -35,6 +35,13 @@ if ! command -v chromium >/dev/null; then
     fi || lacking "no Chromium can be installed"
 fi
 
+"$python" - <<'END' || lacking "Chromium does not start"
+import shutil
+from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]).close()
+END
+
 build=() try=("${@:-16}")
 if [ -n "${PYODIDE:-}" ]; then
     build=(--runtime "$PYODIDE")
