@@ -6,6 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from ..nn import Linear, Module
+from ..ops.basic import gemm
 from ..surgery import find, plain, put_all
 from ..tensor import no_grad
 
@@ -36,7 +37,7 @@ def _moments(model, inputs, layers):
 
     def see(name, x, y):
         x = x.reshape(-1, x.shape[-1]).astype(np.float64)  # (…, d_in) -> (N, d_in)
-        totals[name] = totals[name] + x.T @ x  # (d_in, d_in)
+        totals[name] = totals[name] + gemm(x.T, x)  # (d_in, d_in)
         rows[name] += len(x)
 
     watch(model, inputs, layers, see)

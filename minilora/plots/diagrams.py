@@ -279,14 +279,8 @@ def memory(rows, unit="MB", title="Where the memory goes"):
     heads = "weights", "gradients", "optimiser state", "activations"
     looks = "frozen", "done", "lit", "data"
     top = max(max(row) for row in rows.values())
-
-    def digits(v):
-        return f"{v:,.3g}" if v < 1000 else f"{v:,.0f}"
-
-    told = [
-        f"{name}: " + ", ".join(f"{h} {digits(v)}" for h, v in zip(heads, row, strict=True))
-        for name, row in rows.items()
-    ]
+    s = {n: [f"{v:,{'.3g' if v < 1e3 else '.0f'}}" for v in (*r, sum(r))] for n, r in rows.items()}
+    told = [f"{n}: " + ", ".join(map(" ".join, zip(heads, v, strict=False))) for n, v in s.items()]
     d = Drawing(title, f"Bars of memory in {unit}. {'; '.join(told)}.", 150 + 95 * len(rows))
     for i, head in enumerate(heads):
         d.text(230 + 230 * i, 105, head, 22, "start", bold=True)
@@ -297,8 +291,8 @@ def memory(rows, unit="MB", title="Where the memory goes"):
         for i, value in enumerate(row):
             if value:
                 d.box(230 + 230 * i, y, max(4, 200 * value / top), 44, look=looks[i])
-            d.text(230 + 230 * i, y + 64, digits(value), 22, "start")
-        d.text(1250, y + 22, digits(sum(row)), 26, "end", bold=True)
+            d.text(230 + 230 * i, y + 64, s[name][i], 22, "start")
+        d.text(1250, y + 22, s[name][4], 26, "end", bold=True)
     return d
 
 
