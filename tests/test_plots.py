@@ -449,6 +449,14 @@ def test_no_colour_or_number_is_on_a_rounding_boundary(make):
     assert make(moved).html() == make().html()
 
 
+def test_bars_of_memory_are_four_and_say_a_thousand_in_full():
+    drawn = plots.memory({"full": (538.1, 1.843, 1076.1, 252)})
+    assert "weights 538, gradients 1.84, optimiser state 1,076, activations 252." in drawn.alt
+    for wrong in ((1, 2, 3), (1, 2, 3, 4, 5)):
+        with pytest.raises(ValueError, match="argument"):
+            plots.memory({"full": wrong})
+
+
 def test_a_stepper_wants_a_caption_for_each_frame():
     with pytest.raises(ValueError, match="captions has 1; expected one for each of 2 frames"):
         plots.stepper([plots.tape(0), plots.tape(1)], ["one"], [], "a walk")

@@ -280,7 +280,9 @@ def memory(rows, unit="MB", title="Where the memory goes"):
     looks = "frozen", "done", "lit", "data"
     top = max(max(row) for row in rows.values())
     s = {n: [f"{v:,{'.3g' if v < 1e3 else '.0f'}}" for v in (*r, sum(r))] for n, r in rows.items()}
-    told = [f"{n}: " + ", ".join(map(" ".join, zip(heads, v, strict=False))) for n, v in s.items()]
+    told = [
+        f"{n}: " + ", ".join(map(" ".join, zip(heads, v[:-1], strict=True))) for n, v in s.items()
+    ]
     d = Drawing(title, f"Bars of memory in {unit}. {'; '.join(told)}.", 150 + 95 * len(rows))
     for i, head in enumerate(heads):
         d.text(230 + 230 * i, 105, head, 22, "start", bold=True)
@@ -292,7 +294,7 @@ def memory(rows, unit="MB", title="Where the memory goes"):
             if value:
                 d.box(230 + 230 * i, y, max(4, 200 * value / top), 44, look=looks[i])
             d.text(230 + 230 * i, y + 64, s[name][i], 22, "start")
-        d.text(1250, y + 22, s[name][4], 26, "end", bold=True)
+        d.text(1250, y + 22, s[name][-1], 26, "end", bold=True)
     return d
 
 
